@@ -1,0 +1,115 @@
+"""The rollout actor: lease prompts, generate, have them scored, put them into the queue.
+
+It knows the queue and the reward service only as the two Protocols below; `cluster` hands it the
+real ones. It keeps no books: whatever it was leased is the queue's to issue again if it dies.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from actors.engine import Request, RolloutEngine
+from actors.prompts import Prompt
+from actors.rollout import REWARD_FAILED, UNLABELLED, VALID, GroupId, Rollouts, Version
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Consecutive prompts to generate whole, under one version of the weights.
+
+    weights: whatever `QueueClient.weights` turns into the flat array; None for offline data.
+    """
+
+    id: int
+    groups: tuple[GroupId, ...]
+    version: Version
+    weights: Any = None
+
+
+class Scores(Protocol):
+    """Rewards [n] float32, NaN exactly where `failures` states why there is none."""
+
+    reward: np.ndarray
+    failures: dict[int, str]
+
+
+class RewardClient(Protocol):
+    """The reward service, as an actor sees it."""
+
+    def score(
+        self, prompts: list[list[int]], responses: list[list[int]], timeout_s: float
+    ) -> Scores:
+        """Scores of n responses to n prompts, token ids. Never raises for a failed reward."""
+
+
+class QueueClient(Protocol):
+    """The replay queue, as an actor sees it."""
+
+    def lease(self, actor: int) -> Lease | None:
+        """The next prompts to generate, waiting for them; None when the run is over."""
+
+    def weights(self, lease: Lease) -> np.ndarray:
+        """The flat weights of the lease's version."""
+
+    def put(self, lease: Lease, block: Rollouts) -> None:
+        """Hand in a lease's groups, all members terminal. Idempotent by group id."""
+
+
+class Prompts(Protocol):
+    """Prompts by position in the stream."""
+
+    def __getitem__(self, position: int) -> Prompt: ...
+
+
+class RolloutActor:
+    """Serves leases until the queue has no more. One engine, one lease at a time."""
+
+    def __init__(
+        self, index: int, engine: RolloutEngine, prompts: Prompts, queue: QueueClient,
+        rewards: RewardClient, reward_seconds: float,
+    ) -> None:  # fmt: skip
+        self.index = index
+        self.engine = engine
+        self.prompts = prompts
+        self.queue = queue
+        self.rewards = rewards
+        self.reward_seconds = reward_seconds
+        self.seconds = {"wait": 0.0, "load": 0.0, "generate": 0.0, "score": 0.0, "put": 0.0}
+
+    def run(self) -> dict[str, float]:
+        """Serve until the run is over; returns the seconds spent on each part."""
+        while (lease := self._timed("wait", self.queue.lease, self.index)) is not None:
+            self._timed("load", self._take_weights, lease)
+            requests = [Request(group, self.prompts[group.position]) for group in lease.groups]
+            block = self._timed("generate", self.engine.generate, requests, "rollout")
+            self._timed("score", score, block, self.rewards, self.reward_seconds)
+            self._timed("put", self.queue.put, lease, block)
+        return self.seconds
+
+    def _take_weights(self, lease: Lease) -> None:
+        if lease.version != self.engine.version and lease.weights is not None:
+            self.engine.load(self.queue.weights(lease), lease.version)
+
+    def _timed(self, part: str, call: Any, *arguments: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return call(*arguments)
+        finally:
+            self.seconds[part] += time.perf_counter() - start
+
+
+def score(block: Rollouts, rewards: RewardClient, timeout_s: float) -> None:
+    """Fill in the rewards of a block's valid rollouts that have neither reward nor label, or state
+    their failures."""
+    unknown_N = np.isnan(block.reward_N) & (block.label_N == UNLABELLED)
+    wanted = np.flatnonzero((block.status_N == VALID) & unknown_N)
+    if not len(wanted):
+        return
+    prompts = [block.prompt(group).tolist() for group in range(block.groups)]
+    asked = [prompts[n // block.members] for n in wanted]
+    scores = rewards.score(asked, [block.response(n).tolist() for n in wanted], timeout_s)
+    block.reward_N[wanted] = scores.reward
+    for place, why in scores.failures.items():
+        block.fail(int(wanted[place]), REWARD_FAILED, why)

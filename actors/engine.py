@@ -1,0 +1,35 @@
+"""What a rollout engine is: the policy made to generate, under a version that it states."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from actors.prompts import Prompt
+from actors.rollout import GroupId, Rollouts, Version
+
+
+class Request(NamedTuple):
+    """One prompt to answer C times."""
+
+    id: GroupId
+    prompt: Prompt
+
+
+class RolloutEngine(Protocol):
+    """Generates groups of responses; every token carries the version that made it."""
+
+    version: Version
+
+    def load(self, weights: np.ndarray, version: Version) -> None:
+        """Take these weights (flat float32, `actors.policy.flatten`) as this version."""
+
+    def generate(self, requests: Sequence[Request], stream: str) -> Rollouts:
+        """C responses to each prompt, as one block without rewards.
+
+        stream: names the random stream, so that evaluation never repeats training's draws.
+        A prompt that cannot be answered comes back as `generation_failed`, never as an exception.
+        """
+
+    def close(self) -> None:
+        """Give back what the engine holds."""

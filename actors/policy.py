@@ -1,0 +1,124 @@
+"""The policy as a network: its architecture, and how its weights travel as one flat array.
+
+Actors build the architecture only; every set of weights, the first one too, reaches them from the
+learner with its version. So π_ref and a value head never leave the learner.
+"""
+
+import copy
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from configs.schema import BanditPolicyConfig, Config, PolicyConfig, Precision
+
+DTYPES = {Precision.float32: torch.float32, Precision.bfloat16: torch.bfloat16}
+
+
+def architecture(config: Config) -> PretrainedConfig:
+    """The policy's transformers configuration, from its directory or for the bandit.
+
+    Raises ValueError in one line where `policy.path` cannot be read.
+    """
+    policy = config.policy
+    if not policy.path:
+        return bandit_architecture(policy.bandit, config.rollout.max_tokens)
+    try:
+        return AutoConfig.from_pretrained(policy.path, revision=policy.revision or None)
+    except (OSError, ValueError) as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(f"policy.path={policy.path}: cannot be read: {line}") from error
+
+
+def bandit_architecture(bandit: BanditPolicyConfig, max_tokens: int) -> GPT2Config:
+    """GPT-nano (Appendix I): 3 layers, 3 heads, width 48, no dropout, no end token."""
+    return GPT2Config(
+        vocab_size=bandit.vocabulary,
+        n_positions=max(16, max_tokens + 1),
+        n_embd=bandit.width,
+        n_layer=bandit.layers,
+        n_head=bandit.heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=True,
+    )
+
+
+def build(shape: PretrainedConfig, precision: Precision = Precision.float32) -> PreTrainedModel:
+    """A network of this architecture, its weights drawn at random."""
+    return AutoModelForCausalLM.from_config(shape, dtype=DTYPES[precision])
+
+
+def load_pretrained(policy: PolicyConfig, path: str, precision: Precision) -> PreTrainedModel:
+    """The network with the weights of a model directory (safetensors only, no remote code)."""
+    return AutoModelForCausalLM.from_pretrained(
+        path,
+        revision=policy.revision or None,
+        dtype=DTYPES[precision],
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+
+
+def end_tokens(shape: PretrainedConfig) -> tuple[int, ...]:
+    """Token ids that end a response; none for the bandit."""
+    end = shape.eos_token_id
+    if end is None:
+        return ()
+    return tuple(end) if isinstance(end, list | tuple) else (int(end),)
+
+
+def context_limit(shape: PretrainedConfig) -> int:
+    """The longest prompt and response together, in tokens."""
+    return int(getattr(shape, "max_position_embeddings", None) or shape.n_positions)
+
+
+def layout(shape: PretrainedConfig) -> tuple[list[str], list[list[int]]]:
+    """Names and shapes of the flat array's pieces, without making the network."""
+    with torch.device("meta"):
+        named = list(AutoModelForCausalLM.from_config(shape).named_parameters())
+    return [name for name, _ in named], [list(p.shape) for _, p in named]
+
+
+def write_architecture(shape: PretrainedConfig, directory: str) -> None:
+    """Write config.json, with the name of the network's class in it."""
+    named = copy.deepcopy(shape)
+    if not named.architectures:
+        with torch.device("meta"):
+            named.architectures = [type(AutoModelForCausalLM.from_config(shape)).__name__]
+    named.save_pretrained(directory)
+
+
+def parameters(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters in their fixed order, tied ones once: the layout of the flat array."""
+    return (parameter for _, parameter in model.named_parameters())
+
+
+@torch.no_grad()
+def flatten(model: nn.Module) -> np.ndarray:
+    """All weights as one float32 array, a fresh copy, [number of parameters]."""
+    return torch.cat([p.detach().reshape(-1).float() for p in parameters(model)]).cpu().numpy()
+
+
+@torch.no_grad()
+def unflatten(model: nn.Module, flat: np.ndarray) -> None:
+    """Copy a flat array made by `flatten` into a model of the same architecture."""
+    targets = list(parameters(model))
+    expected = sum(p.numel() for p in targets)
+    if flat.size != expected:
+        raise ValueError(f"weights have {flat.size} numbers, this architecture {expected}")
+    pieces = torch.from_numpy(
+        np.require(flat, requirements="W") if flat.flags.writeable else flat.copy()
+    ).split([p.numel() for p in targets])
+    torch._foreach_copy_(targets, [piece.view(p.shape) for piece, p in zip(pieces, targets)])

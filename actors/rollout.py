@@ -1,0 +1,151 @@
+"""The one record of the system: rollouts as packed columns.
+
+A *rollout* is one response to one prompt, a *group* the C rollouts of one prompt, a *block* the
+groups of one lease. A block keeps each field once, as an array over all its rollouts or tokens, so
+that moving thousands of rollouts costs a dozen buffers and not thousands of objects. Shapes:
+G groups, C members each, N = G·C rollouts, K response tokens in all, P prompt tokens in all.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+import numpy as np
+
+VALID, GENERATION_FAILED, REWARD_FAILED = 0, 1, 2
+STATUS_NAMES = {GENERATION_FAILED: "generation_failed", REWARD_FAILED: "reward_failed"}
+
+OFFLINE_STEP = -1
+UNLABELLED = -1
+
+
+class Version(NamedTuple):
+    """Which weights: `step` optimizer steps, in the `lineage` of that many learner restarts."""
+
+    lineage: int
+    step: int
+
+
+class GroupId(NamedTuple):
+    """Prompt position in the stream, and how often weights that made it were rolled back."""
+
+    position: int
+    incarnation: int
+
+
+@dataclass
+class Rollouts:
+    """A block of G groups of C rollouts each, as packed columns (see the module's docstring).
+
+    A member that failed has its reason in `status` and `failures`, and no reward. An
+    offline rollout has step −1, and NaN where its log-probability or reward is unknown.
+    """
+
+    members: int  # C
+    position_G: np.ndarray  # int64, prompt position
+    incarnation_G: np.ndarray  # int32
+    row_G: np.ndarray  # int64, stable id of the prompt in its data set
+    prompt_offset_G1: np.ndarray  # int64, G + 1
+    prompt_P: np.ndarray  # int32
+    offset_N1: np.ndarray  # int64, N + 1
+    token_K: np.ndarray  # int32
+    logp_K: np.ndarray  # float32, nats, under the distribution that the token was sampled from
+    lineage_K: np.ndarray  # int16, of the weights that made the token
+    step_K: np.ndarray  # int32, of the weights that made the token
+    reward_N: np.ndarray  # float32
+    status_N: np.ndarray  # uint8, VALID or a failure
+    truncated_N: np.ndarray  # bool, stopped by the token limit where an end token exists
+    label_N: np.ndarray  # int8, 1 preferred or good, 0 not, −1 unlabelled
+    temperature: float = 1.0
+    failures: dict[int, str] = field(default_factory=dict)  # rollout → what went wrong
+    derived: dict[str, np.ndarray] = field(default_factory=dict)  # learner's columns, over N or K
+
+    @property
+    def groups(self) -> int:
+        return len(self.position_G)
+
+    @property
+    def length_N(self) -> np.ndarray:
+        return np.diff(self.offset_N1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all columns."""
+        return sum(
+            v.nbytes for f in fields(self) if isinstance(v := getattr(self, f.name), np.ndarray)
+        )
+
+    def ids(self) -> list[GroupId]:
+        return [GroupId(int(p), int(i)) for p, i in zip(self.position_G, self.incarnation_G)]
+
+    def prompt(self, group: int) -> np.ndarray:
+        """Token ids of a group's prompt."""
+        return self.prompt_P[self.prompt_offset_G1[group] : self.prompt_offset_G1[group + 1]]
+
+    def response(self, rollout: int) -> np.ndarray:
+        """Token ids of a rollout's response."""
+        return self.token_K[self.offset_N1[rollout] : self.offset_N1[rollout + 1]]
+
+    def oldest_step_N(self) -> np.ndarray:
+        """Step of each rollout's oldest token, [N] int64; OFFLINE_STEP where there is none."""
+        oldest = np.full(len(self.reward_N), np.iinfo(np.int64).max)
+        owner = np.repeat(np.arange(len(oldest)), self.length_N)
+        np.minimum.at(oldest, owner, self.step_K)
+        return np.where(self.length_N > 0, oldest, OFFLINE_STEP)
+
+    def fail(self, rollout: int, status: int, why: str) -> None:
+        """State a failure of one rollout."""
+        self.status_N[rollout] = status
+        self.reward_N[rollout] = np.nan
+        self.failures[rollout] = why
+
+    def select(self, start: int, stop: int) -> "Rollouts":
+        """Groups start … stop − 1 as a block of views."""
+        n0, n1 = start * self.members, stop * self.members
+        k0, k1 = self.offset_N1[n0], self.offset_N1[n1]
+        p0, p1 = self.prompt_offset_G1[start], self.prompt_offset_G1[stop]
+        cut = {"G": (start, stop), "N": (n0, n1), "K": (k0, k1), "P": (p0, p1)}
+        columns = {name: getattr(self, name)[slice(*cut[name[-1]])] for name in _COLUMNS}
+        derived = {name: column[slice(*cut[name[-1]])] for name, column in self.derived.items()}
+        return Rollouts(
+            members=self.members,
+            prompt_offset_G1=self.prompt_offset_G1[start : stop + 1] - p0,
+            offset_N1=self.offset_N1[n0 : n1 + 1] - k0,
+            temperature=self.temperature,
+            failures={r - n0: why for r, why in self.failures.items() if n0 <= r < n1},
+            derived=derived,
+            **columns,
+        )
+
+
+_COLUMNS = [f.name for f in fields(Rollouts) if f.name[-2:] in {"_G", "_N", "_K", "_P"}]
+
+
+def concatenate(blocks: list[Rollouts]) -> Rollouts:
+    """The blocks' groups in order, as one block. Derived columns are kept where all have them."""
+    if not blocks:
+        raise ValueError("no blocks to concatenate")
+    if len({(b.members, b.temperature) for b in blocks}) > 1:
+        raise ValueError("blocks differ in group size or temperature")
+    first = blocks[0]
+    if len(blocks) == 1:
+        return first
+    shared = set(first.derived).intersection(*(b.derived for b in blocks[1:]))
+    starts = np.cumsum([0] + [len(b.reward_N) for b in blocks])
+    return Rollouts(
+        members=first.members,
+        prompt_offset_G1=_join_offsets([b.prompt_offset_G1 for b in blocks]),
+        offset_N1=_join_offsets([b.offset_N1 for b in blocks]),
+        temperature=first.temperature,
+        failures={int(s) + r: w for s, b in zip(starts, blocks) for r, w in b.failures.items()},
+        derived={n: np.concatenate([b.derived[n] for b in blocks]) for n in sorted(shared)},
+        **{name: np.concatenate([getattr(b, name) for b in blocks]) for name in _COLUMNS},
+    )
+
+
+def offsets(lengths: list[int] | np.ndarray) -> np.ndarray:
+    """Lengths [n] to offsets [n + 1], int64, starting at 0."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+
+
+def _join_offsets(parts: list[np.ndarray]) -> np.ndarray:
+    return offsets(np.concatenate([np.diff(part) for part in parts]))

@@ -1,0 +1,52 @@
+"""Weights through shared memory: one buffer that the sender fills and the reader maps.
+
+The file has a name only until every reader has opened it, so that nothing is left behind whichever
+process dies; and its pages stay mapped, so that each later version costs one copy into warm memory.
+"""
+
+import contextlib
+import mmap
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+FOLDER = Path("/dev/shm")
+
+
+class WeightBuffer:
+    """A float32 array in shared memory, [count], mapped by this process and by those who `attach`.
+
+    Raises ValueError in one line where shared memory has no room for it.
+    """
+
+    def __init__(self, count: int) -> None:
+        folder = FOLDER if FOLDER.is_dir() else Path(tempfile.gettempdir())
+        nbytes = 4 * max(count, 1)
+        descriptor, self.path = tempfile.mkstemp(prefix="onpolicy-weights-", dir=folder)
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)  # else a full tmpfs shows as SIGBUS later
+            self._map = mmap.mmap(descriptor, nbytes)
+        except OSError as error:
+            self.unlink()
+            free = shutil.disk_usage(folder).free
+            raise ValueError(
+                f"{nbytes / 1e6:,.0f} MB of weights do not fit into {folder} "
+                f"({free / 1e6:,.0f} MB free): give it more room, e.g. --shm-size in a container"
+            ) from error
+        finally:
+            os.close(descriptor)
+        self.array = np.frombuffer(self._map, dtype=np.float32, count=count)
+
+    def unlink(self) -> None:
+        """Take the name away; the memory lives until its last mapping ends."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+
+
+def attach(path: str, count: int) -> np.ndarray:
+    """The array [count] of another process's `WeightBuffer`, as a view of the same memory."""
+    with open(path, "r+b") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0), dtype=np.float32, count=count)

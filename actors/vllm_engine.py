@@ -1,0 +1,182 @@
+"""The vLLM engine: continuous batching over all prompts in flight, versions per token.
+
+Every request's random numbers come from `request_seed(seed, stream, position)`, member m's from m
+after it. A response's log-probabilities are those of the distribution sampled (temperature applied,
+nothing masked). Each token's version is vLLM's own record of the weights that sampled it: it labels
+every engine step, and changes the label only while the scheduler is paused.
+"""
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from actors import policy
+from actors.engine import Request
+from actors.packing import does_not_fit, fail_group, pack
+from actors.randomness import request_seed
+from actors.rollout import GENERATION_FAILED, Rollouts, Version
+from actors.vllm_process import VllmProcess, context
+from configs.schema import Config
+
+NO_VERSION = Version(-1, -1)
+SEED_MASK = 2**62 - 1  # leaves room under 2**63 for adding the member
+
+
+class VllmEngine:
+    """Generates with vLLM in processes below this one (see `actors.engine`).
+
+    `generate` may be called from several threads at once; `load` waits for nobody: what is being
+    generated is paused, and goes on under the new weights with its caches computed anew.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.version = NO_VERSION
+        shape = policy.architecture(config)
+        self.end_tokens = policy.end_tokens(shape)
+        self.longest_prompt = context(config, shape) - config.rollout.max_tokens
+        self.process = VllmProcess(config, shape)
+        self._numbers = itertools.count()
+        self._running = 0  # requests that vLLM has, counted on its loop
+        self._updating = asyncio.Lock()
+
+    def load(self, weights: np.ndarray, version: Version) -> None:
+        expected = self.process.buffer.array.size
+        if weights.size != expected:
+            raise ValueError(f"weights have {weights.size} numbers, this architecture {expected}")
+        self.process.call(
+            self._update(weights, version), self.config.limits.wait_seconds,
+            lambda: f"vLLM is taking version {version.step} of the weights",
+        )  # fmt: skip
+
+    async def _update(self, weights: np.ndarray, version: Version) -> None:
+        """vLLM's start, update, finish, with the caches emptied and nothing generated meanwhile."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        llm = self.process.llm
+        async with self._updating:
+            await asyncio.to_thread(np.copyto, self.process.buffer.array, weights)
+            busy = self._running > 0
+            if busy:
+                await llm.pause_generation(mode="keep", clear_cache=True)
+            else:
+                await llm.reset_prefix_cache()
+            await llm.start_weight_update()
+            await llm.update_weights(WeightTransferUpdateRequest(update_info={}))
+            await llm.finish_weight_update(_label(version))
+            self.version = version
+            if busy:
+                await llm.resume_generation()
+
+    def generate(self, requests: Sequence[Request], stream: str) -> Rollouts:
+        answers = self.process.call(
+            self._answer_all(requests, stream), self.config.limits.wait_seconds, self._progress
+        )
+        return self._block(requests, answers)
+
+    def _progress(self) -> str:
+        """Where vLLM is, in words; the same words later mean that it stands still."""
+        states = list(self.process.llm.output_processor.request_states.values())
+        tokens = sum(s.detokenizer.num_output_tokens() for s in states if s.detokenizer)
+        return f"vLLM has {len(states)} responses in hand, {tokens} tokens long"
+
+    async def _answer_all(self, requests: Sequence[Request], stream: str) -> list[Any]:
+        return await asyncio.gather(*(self._answer(request, stream) for request in requests))
+
+    async def _answer(self, request: Request, stream: str) -> list[Any] | str:
+        """vLLM's C outputs for one prompt, or why there are none."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if why := does_not_fit(request, self.longest_prompt):
+            return why
+        prompt = {"prompt_token_ids": np.asarray(request.prompt.ids).tolist()}
+        async with self._updating:
+            self._running += 1
+        try:
+            last = None
+            number = str(next(self._numbers))
+            async for output in self.process.llm.generate(
+                prompt, self._sampling(request, stream), number
+            ):
+                last = output
+            return last.outputs if last else "vLLM gave no answer"
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            return f"vLLM: {_one_line(error.__cause__ or error)}"
+        finally:
+            self._running -= 1
+
+    def _sampling(self, request: Request, stream: str) -> Any:
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        rollout = self.config.rollout
+        seed = request_seed(self.config.seed, stream, request.id.position)
+        return SamplingParams(
+            n=rollout.responses_per_prompt,
+            seed=seed & SEED_MASK,
+            temperature=rollout.temperature,
+            max_tokens=rollout.max_tokens,
+            stop_token_ids=list(self.end_tokens),
+            ignore_eos=True,  # the end tokens are those of the architecture, listed above
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _block(self, requests: Sequence[Request], answers: list[list[Any] | str]) -> Rollouts:
+        members = self.config.rollout.responses_per_prompt
+        outputs: list[Any] = []  # of each rollout, None where there is none
+        for answer in answers:
+            outputs += [None] * members if isinstance(answer, str) else answer
+        done = [o if o is not None and o.finish_reason in ("stop", "length") else None
+                for o in outputs]  # fmt: skip
+        kept = [output for output in done if output is not None]
+        steps = [_versions(output) for output in kept]
+        block = pack(
+            requests, members, self.config.rollout.temperature,
+            np.array([len(o.token_ids) if o is not None else 0 for o in done]),
+            _join([o.token_ids for o in kept]), _join([o.logprobs.logprobs for o in kept]),
+            _join([lineage_L for lineage_L, _ in steps]), _join([step_L for _, step_L in steps]),
+        )  # fmt: skip
+        for group, answer in enumerate(answers):
+            if isinstance(answer, str):
+                fail_group(block, group, answer)
+        for rollout, (output, good) in enumerate(zip(outputs, done)):
+            if output is not None and good is None:
+                why = f"vLLM ended it with {output.finish_reason!r}"
+                block.fail(rollout, GENERATION_FAILED, why)
+            elif good is not None and self.end_tokens:
+                block.truncated_N[rollout] = good.finish_reason == "length"
+        return block
+
+    def close(self) -> None:
+        self.process.close()
+
+
+def _label(version: Version) -> str:
+    return f"{version.lineage}.{version.step}"
+
+
+def _versions(output: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Lineage and step of the weights that sampled each token, [L] each."""
+    lineage_L = np.full(len(output.token_ids), NO_VERSION.lineage)
+    step_L = np.full(len(output.token_ids), NO_VERSION.step)
+    for span in output.weight_versions or ():
+        if "." in span.version:  # else vLLM's own label, of weights that no learner sent
+            lineage, step = map(int, span.version.split("."))
+            lineage_L[span.start : span.end], step_L[span.start : span.end] = lineage, step
+    return lineage_L, step_L
+
+
+def _join(parts: list[Any]) -> np.ndarray:
+    return np.concatenate([np.asarray(part) for part in parts]) if parts else np.zeros(0)
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

@@ -1,0 +1,1 @@
+"""Wires it all: entry points, the training run, metrics, evaluation, reports, benchmarks."""

@@ -1,0 +1,68 @@
+"""`python -m cluster`: the entry points."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from cluster.progress import print_summary
+    from cluster.train import train
+    from configs.load import prepare, preset_name
+
+    config = prepare(arguments.preset, arguments.settings)
+    summary = train(config, preset_name(arguments.preset))
+    print_summary(summary)
+    print(f"report: {config.run.dir}/{summary['name']}/report.html")
+    return {"finished": 0, "stopped": 130}.get(summary["status"], 1)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from cluster.report import write
+
+    print(write(Path(arguments.run)))
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from importlib import import_module
+
+    import_module(f"benchmarks.{arguments.name}").main(arguments.settings)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser("python -m cluster", description=__doc__)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], help_: str):  # type: ignore[no-untyped-def]
+        sub = commands.add_parser(name, help=help_, description=help_)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("train", _train, "run a preset")
+    sub.add_argument("preset", metavar="PRESET", help="a YAML file, or a name in configs/")
+    sub.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
+    sub = command("report", _report, "write report.html of a run")
+    sub.add_argument("run", metavar="RUN_DIR")
+    sub = command("bench", _bench, "measure ours beside a named baseline, in one run")
+    sub.add_argument("name", choices=["overhead"])
+    sub.add_argument("settings", nargs="*", metavar="key=value")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; what is wrong with its input is one line on stderr, exit status 2."""
+    parsed = parser().parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

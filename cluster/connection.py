@@ -1,0 +1,50 @@
+"""Connecting to Ray: the cluster that is named, or one of our own on this machine."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from configs.schema import ClusterConfig
+
+LOGICAL_CPUS = 16  # of our own cluster: processes share cores, whose threads are capped instead
+
+
+def environment(config: ClusterConfig) -> dict[str, str]:
+    """Environment variables of every process of a run."""
+    return {
+        "OMP_NUM_THREADS": str(config.threads),
+        "MKL_NUM_THREADS": str(config.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+
+
+@contextmanager
+def connected(config: ClusterConfig) -> Iterator[bool]:
+    """Ray, connected while the block runs; True where the cluster is our own and ends with it.
+
+    A caller that is connected already stays so.
+    """
+    if ray.is_initialized():
+        yield False
+        return
+    variables = environment(config)
+    os.environ.update(variables)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address:
+        ray.init(address=address, runtime_env={"env_vars": variables}, **quiet)
+    else:
+        ray.init(
+            address="local", num_cpus=LOGICAL_CPUS, include_dashboard=config.dashboard, **quiet
+        )
+    try:
+        yield not address
+    finally:
+        ray.shutdown()

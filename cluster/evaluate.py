@@ -1,0 +1,99 @@
+"""Evaluation, apart from training: fresh rollouts of exactly the version asked for.
+
+It has its own random stream and stands outside the ledger. It also samples the offline data set
+from π_ref, where a run asks for one.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors import policy
+from actors.actor import RewardClient, score
+from actors.engine import Request
+from actors.preferences import from_rollouts, write_parquet
+from actors.rollout import VALID, GroupId, Rollouts, Version
+from actors.torch_engine import TorchEngine
+from cluster import inputs
+from configs.schema import Config
+from learner.batch import conditionals, pad, token_logps
+from learner.divergence import kl_to_reference
+
+GROUPS_AT_ONCE = 64
+
+
+class Evaluator:
+    """Runs as a Ray actor. `start` gives it π_ref, which is version 0."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.engine = TorchEngine(config)
+        self.prompts = inputs.prompts(config)
+
+    def start(self, rewards: RewardClient, initial: np.ndarray) -> None:
+        """Take the reward service and π_ref's weights."""
+        self.rewards = rewards
+        shape = policy.architecture(self.config)
+        self.reference = policy.build(shape, self.config.learner.precision).eval()
+        policy.unflatten(self.reference, initial)
+
+    def evaluate(self, version: Version, weights: np.ndarray, number: int) -> dict[str, Any]:
+        """reward_eval, its standard error, response length and KL to π_ref of fresh rollouts.
+
+        number: of the evaluation in this run; each has draws of its own.
+        """
+        self.engine.load(weights, version)
+        block = self._rollouts(self.config.eval.samples, number, "eval")
+        valid = (block.status_N == VALID)[: self.config.eval.samples]
+        reward = block.reward_N[: self.config.eval.samples][valid]
+        if not len(reward):
+            why = next(iter(block.failures.values()), "no reason stated")
+            return {"eval_failures": int((~valid).sum()), "eval_failure": why}
+        return {
+            "reward_eval": float(reward.mean()),
+            "reward_eval_error": float(reward.std() / np.sqrt(len(reward))),
+            "eval_failures": int((~valid).sum()),
+            "eval_length": float(block.length_N.mean()),
+            "eval_kl_to_reference": self._kl_to_reference(block),
+        }
+
+    def _rollouts(self, samples: int, number: int, stream: str) -> Rollouts:
+        """At least so many scored rollouts, in whole groups."""
+        groups = -(-samples // self.config.rollout.responses_per_prompt)
+        positions = range(number * groups, (number + 1) * groups)
+        requests = [Request(GroupId(p, 0), self.prompts[p]) for p in positions]
+        block = self.engine.generate(requests, stream)
+        score(block, self.rewards, self.config.limits.wait_seconds)
+        return block
+
+    @torch.inference_mode()
+    def _kl_to_reference(self, block: Rollouts) -> float:
+        """KL(π_θ‖π_ref) on π_θ's own samples, nats per token (k3)."""
+        batch = pad(block)
+        reference_NL = token_logps(conditionals(self.reference, batch), batch)
+        kl_NL = kl_to_reference(batch.logp_NL, batch.logp_NL, reference_NL, batch.mask_NL)
+        return float(kl_NL.sum() / batch.mask_NL.sum())
+
+    def sample_dataset(self, weights: np.ndarray, path: str) -> int:
+        """Write `data.prompts` scored groups of π_ref, labelled good over the median reward.
+
+        Returns how many groups had no failed rollout, and so were written.
+        """
+        self.engine.load(weights, Version(0, 0))
+        members = self.config.rollout.responses_per_prompt
+        groups = []
+        for start in range(0, self.config.data.prompts, GROUPS_AT_ONCE):
+            count = min(GROUPS_AT_ONCE, self.config.data.prompts - start)
+            block = self._rollouts(count * members, 0, f"offline/{start}")
+            for group in range(block.groups):
+                part = block.select(group, group + 1)
+                if not part.failures:
+                    groups.append(part)
+        if not groups:
+            raise RuntimeError("no response of π_ref could be scored; there is no offline data")
+        median = np.median(np.concatenate([part.reward_N for part in groups]))
+        for part in groups:
+            part.label_N = (part.reward_N > median).astype(np.int8)
+        write_parquet(path, [from_rollouts(part)[0] for part in groups])
+        return len(groups)

@@ -1,0 +1,106 @@
+"""What a run comes to: the running tally, and summary.json made of it."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from configs.schema import Config
+from learner import measures
+from learner.learner import StepRecord
+
+
+class Tally:
+    """Sums over a run, and the clock of its training part."""
+
+    def __init__(self) -> None:
+        self.cells: measures.Cells = {}
+        self.steps = self.skipped = self.batches = 0
+        self.tokens = self.rollouts = 0
+        self.reward_sum, self.reward_count = 0.0, 0
+        self.wait = self.all = 0.0
+        self.last_cells: measures.Cells = {}
+        self.evaluations: list[tuple[int, dict[str, Any]]] = []
+        self.actors: dict[int, dict[str, float]] = {}
+        self._began = self._ended = time.monotonic()
+
+    def begin(self) -> None:
+        """Training starts now."""
+        self._began = time.monotonic()
+
+    def end(self) -> None:
+        """Training is over."""
+        self._ended = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return max(1e-9, self._ended - self._began)
+
+    def rate(self) -> float:
+        """Batches per second so far."""
+        return self.batches / max(1e-9, time.monotonic() - self._began)
+
+    def add(self, ranks: Sequence[StepRecord]) -> None:
+        """Take all ranks' records of a batch."""
+        first = ranks[0]
+        self.batches += 1
+        self.steps = first.version.step
+        self.skipped += not first.stepped
+        self.last_cells = measures.add(record.cells for record in ranks)
+        self.cells = measures.add([self.cells, self.last_cells])
+        self.tokens += first.index["tokens"]
+        self.rollouts += first.index["rollouts"]
+        if first.index["reward_mean"] is not None:
+            self.reward_sum += first.index["reward_mean"] * first.index["rollouts"]
+            self.reward_count += first.index["rollouts"]
+        self.wait += first.seconds["wait"]
+        self.all += first.seconds["all"]
+
+    def evaluated(self, step: int, result: dict[str, Any]) -> None:
+        """Take an evaluation's result."""
+        self.evaluations.append((step, result))
+
+
+def summarise(
+    config: Config, preset: str, name: str, status: str, failure: str | None, tally: Tally,
+    queue: dict[str, Any], wall_seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    """summary.json: KL to the generator is the run's mean, KL to π_ref the last batch's."""
+    whole = measures.finish(measures.total(tally.cells))
+    last = measures.finish(measures.total(tally.last_cells))
+    rewards = [result.get("reward_eval") for _, result in tally.evaluations]
+    ledger = queue.get("ledger")
+    issued = ledger["issued"] if ledger else 0
+    return {
+        "status": status,
+        "failure": failure,
+        "name": name,
+        "preset": preset,
+        "seed": config.seed,
+        "objective": config.objective.name,
+        "updates": tally.steps,
+        "skipped": tally.skipped,
+        "wall_seconds": wall_seconds,
+        "train_seconds": tally.seconds,
+        "reward_eval": rewards[-1] if rewards else None,
+        "reward_initial": rewards[0] if rewards else None,
+        "reward_mean": tally.reward_sum / tally.reward_count if tally.reward_count else None,
+        "kl_to_generator": whole.get("kl_to_generator"),
+        "kl_from_generator": whole.get("kl_from_generator"),
+        "kl_to_reference": last.get("kl_to_reference"),
+        "ess": whole.get("ess"),
+        "clip_fraction": whole.get("clip_fraction"),
+        "age": queue.get("age"),
+        "reuse": queue.get("reuse"),
+        "ledger": ledger,
+        "throughput": {
+            "rollouts_per_s": issued / tally.seconds,
+            "updates_per_s": tally.batches / tally.seconds,
+            "tokens_per_s": tally.tokens / tally.seconds,
+        },
+        "idle": {
+            "actors": queue.get("actor_idle_fraction"),
+            "learner": tally.wait / tally.all if tally.all else None,
+        },
+        "actor_seconds": tally.actors,
+        "cells": measures.table(tally.cells),
+    }

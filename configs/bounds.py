@@ -1,0 +1,114 @@
+"""The range that each number may be in, and how fixes are worded."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+
+from configs.errors import ConfigError, shown
+from configs.schema import Config
+
+Rule = Callable[[Config], None]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An interval. `inside` is a usual value, offered where an open end has no nearest one."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+    inside: float = 1
+
+    def holds(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below
+
+    def nearest(self, value: float) -> float:
+        """The value to set instead."""
+        end, is_open = (self.low, self.open_low) if value <= self.low else (
+            self.high, self.open_high)  # fmt: skip
+        return self.inside if is_open else end
+
+    def __str__(self) -> str:
+        low = f"{'over' if self.open_low else 'at least'} {self.low:g}"
+        high = f"{'under' if self.open_high else 'at most'} {self.high:g}"
+        ends = [text for text, end in ((low, self.low), (high, self.high)) if math.isfinite(end)]
+        return " and ".join(ends)
+
+
+def _over_zero(inside: float) -> Bound:
+    return Bound(0, open_low=True, inside=inside)
+
+
+_ONE_UP, _ZERO_UP, _FRACTION = Bound(1), Bound(0), Bound(0, 1, open_high=True, inside=0.9)
+
+_GROUPS: dict[Bound, str] = {
+    _ONE_UP: """policy.bandit.vocabulary policy.bandit.layers policy.bandit.heads
+        policy.bandit.width policy.bandit.draws rollout.actors rollout.responses_per_prompt
+        rollout.max_tokens rollout.lease reward.replicas reward.batch reward.max_request_bytes
+        replay.samples_per_round replay.inner_epochs data.prompts learner.minibatch
+        learner.updates learner.ranks rollout.vllm.max_sequences eval.samples limits.failure_window cluster.threads""",
+    _ZERO_UP: """run.samples_per_round policy.bandit.seed prompts.count prompts.max_tokens
+        replay.max_age replay.lag learner.micro_batch learner.warmup learner.weight_decay
+        learner.max_grad_norm eval.every limits.actor_restarts cluster.actor_cpus
+        rollout.vllm.kv_cache_gib
+        cluster.learner_cpus cluster.learner_gpus cluster.actor_gpus""",
+    _FRACTION: "objective.quantile_start objective.quantile_end learner.beta1 learner.beta2",
+    _over_zero(1.0): "rollout.temperature",
+    _over_zero(0.4): "policy.bandit.scale",
+    _over_zero(10.0): "reward.width",
+    _over_zero(2e-4): "policy.bandit.fit_tolerance",
+    _over_zero(0.02): "objective.tau",
+    _over_zero(0.1): "objective.beta",
+    _over_zero(1e-3): "learner.lr",
+    _over_zero(120.0): "limits.wait_seconds",
+    _over_zero(300.0): "limits.startup_seconds",
+    Bound(0, 1, open_low=True, open_high=True, inside=0.2): "objective.epsilon",
+    Bound(0, 1, open_low=True, inside=0.5): "limits.failure_rate",
+    Bound(high=0): "objective.floor",
+    Bound(0, 2**63 - 1): "seed",
+    Bound(0, 65_535): "reward.port",
+    Bound(0, 3): "learner.zero_stage",
+}
+BOUNDS: dict[str, Bound] = {key: bound for bound, keys in _GROUPS.items() for key in keys.split()}
+UNBOUNDED = ("policy.bandit.location", "reward.centre")
+
+
+def numbers_are_in_range(config: Config) -> None:
+    """Raise ConfigError for a number outside its `BOUNDS`, and for one that is not finite."""
+    for key, value in leaves(config):
+        bound = BOUNDS.get(key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(key, value, "is not a finite number", f"set {key} to a number")
+        if bound and isinstance(value, int | float) and not bound.holds(value):
+            fix = f"set {key}={shown(bound.nearest(value))}"
+            raise ConfigError(key, value, f"must be {bound}", fix)
+
+
+def leaves(config: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Full dotted name and value of every setting."""
+    for field in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
+def near(value: int, unit: int) -> list[int]:
+    """The multiples of `unit` around `value`, the positive ones."""
+    below = value // unit * unit
+    return [n for n in (below, below + unit) if n > 0]
+
+
+def set_to(key: str, values: Sequence[int]) -> str:
+    """A fix: set the key to one of the values."""
+    return f"set {key}={any_of(values)}"
+
+
+def any_of(values: Sequence[object]) -> str:
+    """`a, b or c`."""
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}" if most else last

@@ -1,0 +1,274 @@
+"""Every setting of a run, typed, with its unit, its default and the invariant it takes part in.
+
+The letters B, C, M, T are those of the paper's Algorithm 1 (arXiv 2404.14367); S = T·B/M is the
+number of optimizer steps that one round feeds.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class EngineKind(Enum):
+    torch = "torch"
+    vllm = "vllm"
+
+
+class UpdateKind(Enum):
+    between_requests = "between_requests"
+    in_flight = "in_flight"
+
+
+class Schedule(Enum):
+    lockstep = "lockstep"
+    pipelined = "pipelined"
+
+
+class Order(Enum):
+    issue = "issue"
+    ready = "ready"
+
+
+class PromptKind(Enum):
+    bandit = "bandit"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    dataset = "dataset"
+
+
+class RewardKind(Enum):
+    peak = "peak"
+    function = "function"
+
+
+class DataSource(Enum):
+    on_policy = "on_policy"
+    offline = "offline"
+
+
+class Ratio(Enum):
+    sequence = "sequence"
+    token = "token"
+
+
+class Advantage(Enum):
+    standardised = "standardised"
+    leave_one_out = "leave_one_out"
+
+
+class RewardScale(Enum):
+    raw = "raw"
+    standardised = "standardised"
+
+
+class RateSchedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Precision(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclass
+class RunConfig:
+    """Where a run writes. Without a name it takes the preset's and the next free number."""
+
+    name: str = ""
+    dir: str = "runs"
+    samples_per_round: int = 3  # rollouts kept per round in samples.jsonl, for people to read
+
+
+@dataclass
+class BanditPolicyConfig:
+    """The bandit's π_ref (Appendix I): a GPT-2 fitted to a histogram of clipped Cauchy draws."""
+
+    vocabulary: int = 100
+    layers: int = 3
+    heads: int = 3
+    width: int = 48
+    location: float = -0.7
+    scale: float = 0.4
+    draws: int = 10_000
+    seed: int = 0  # one draw of π_ref is shared by all seeds of a study
+    fit_tolerance: float = 2e-4  # nats: KL(histogram ‖ network) at the worst of fresh prefixes
+
+
+@dataclass
+class PolicyConfig:
+    """The policy's starting weights, which are also π_ref: a model directory, or the bandit's."""
+
+    path: str = ""  # a directory or hub name for transformers; empty: the bandit's network
+    revision: str = ""
+    cache_dir: str = ""  # where the fitted bandit network is kept; empty: ~/.cache/onpolicy
+    bandit: BanditPolicyConfig = field(default_factory=BanditPolicyConfig)
+
+
+@dataclass
+class PromptsConfig:
+    source: PromptKind = PromptKind.bandit
+    path: str = ""  # file, or a datasets path or name
+    column: str = "prompt"  # text column; a column `prompt_ids` of token ids is read as it is
+    split: str = "train"
+    count: int = 10  # bandit: number of contexts; files: at most so many rows, 0 for all
+    max_tokens: int = 0  # the longest prompt allowed; 0: what the policy's context leaves
+    shuffle: bool = False  # by keyed draw, anew in each epoch
+
+
+@dataclass
+class VllmConfig:
+    """How rollout.engine=vllm runs its engine; the defaults suit a CPU."""
+
+    max_sequences: int = 256  # responses generated at once; more of them wait
+    kv_cache_gib: float = 1.0  # GiB; 0 leaves the size to vLLM
+    prefix_caching: bool = True  # reuse of shared prompts; emptied at every change of weights
+    compile: bool = False  # faster steps on larger models, at the price of a slower start
+
+
+@dataclass
+class RolloutConfig:
+    engine: EngineKind = EngineKind.torch
+    actors: int = 1
+    responses_per_prompt: int = 10  # C
+    temperature: float = 1.0
+    max_tokens: int = 10
+    lease: int = 10  # prompts per lease, at most B/C; its size never depends on `actors`
+    update: UpdateKind = UpdateKind.between_requests
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+
+
+@dataclass
+class RewardConfig:
+    kind: RewardKind = RewardKind.peak
+    centre: float = 70.0  # R1 has 70, R2 has 20
+    width: float = 10.0
+    path: str = ""  # kind=function: `module:function`
+    replicas: int = 1
+    batch: int = 1024  # most responses scored in one call
+    port: int = 0  # loopback port of the HTTP endpoint; 0 leaves HTTP off
+    token_env: str = "ONPOLICY_REWARD_TOKEN"  # environment variable with the bearer token
+    max_request_bytes: int = 1_000_000
+
+
+@dataclass
+class ReplayConfig:
+    """The replay queue. With lockstep rounds the ages seen are exactly 0 … S − 1, plus lag."""
+
+    samples_per_round: int = 100  # B, rollouts
+    inner_epochs: int = 10  # T, the most times a rollout is consumed
+    schedule: Schedule = Schedule.lockstep
+    max_age: int | None = None  # steps; None: the tightest that the schedule can keep
+    lag: int = 0  # steps by which actors get weights late
+    order: Order = Order.issue
+    shuffle: bool = False  # order of groups within a pass, by keyed draw
+
+
+@dataclass
+class ObjectiveConfig:
+    """The loss, by its name in `configs.objectives.TABLE`, and the paper's knobs of it."""
+
+    name: str = "ipo"
+    tau: float = 0.02  # ipo: target margin is 1/(2τ)
+    beta: float = 0.1  # rwr: temperature; dpo: KL weight; best_of_n_negative: weight of the others
+    epsilon: float = 0.2  # ppo: clip range
+    ratio: Ratio = Ratio.sequence  # ppo
+    advantage: Advantage = Advantage.standardised  # ppo, reinforce
+    reward: RewardScale = RewardScale.raw  # rwr
+    floor: float = -8.0  # best_of_n_negative: nats per token under which a response is left alone
+    quantile_start: float = 0.5  # rest: samples over this quantile of the round's rewards …
+    quantile_end: float = 0.9  # … raised linearly to this one by the last update
+
+
+@dataclass
+class DataConfig:
+    """Where responses come from. Offline without a path: sampled once from π_ref and labelled."""
+
+    source: DataSource = DataSource.on_policy
+    path: str = ""  # JSONL or Parquet of prompts with scored, ranked or labelled responses
+    prompts: int = 100  # offline without a path: groups of C sampled from π_ref
+
+
+@dataclass
+class LearnerConfig:
+    minibatch: int = 100  # M, rollouts per optimizer step over all ranks
+    micro_batch: int = 0  # rollouts per forward on one rank; 0: a rank's whole share
+    updates: int = 1000  # minibatches consumed; a skipped step uses one up
+    lr: float = 1e-3
+    schedule: RateSchedule = RateSchedule.constant
+    warmup: int = 0  # steps
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0  # 0: no clipping
+    ranks: int = 1
+    zero_stage: int = 0
+    precision: Precision = Precision.float32
+    exact_kl: bool | None = None  # exact conditionals; None: when they are small enough to keep
+
+
+@dataclass
+class EvalConfig:
+    every: int = 20  # updates; 0: only before the first and after the last
+    samples: int = 100  # fresh rollouts of the current weights
+
+
+@dataclass
+class LimitsConfig:
+    """No wait without a limit, no failure without a count."""
+
+    wait_seconds: float = 120.0
+    startup_seconds: float = 300.0
+    failure_rate: float = 0.5  # of the last `failure_window` rollouts; above it the run stops
+    failure_window: int = 200
+    actor_restarts: int = 3
+
+
+@dataclass
+class ClusterConfig:
+    address: str = ""  # Ray address; empty: RAY_ADDRESS, else a cluster of our own on this machine
+    dashboard: bool = False  # Ray's dashboard, when we start the cluster
+    actor_cpus: float = 0.0  # CPUs that Ray reserves for each rollout actor
+    learner_cpus: float = 0.0
+    learner_gpus: float = 0.0
+    actor_gpus: float = 0.0
+    threads: int = 1  # per process; small models are slower with two
+
+
+@dataclass
+class Config:
+    """The whole tree. `seed` keys every random draw of the run."""
+
+    seed: int = 0
+    run: RunConfig = field(default_factory=RunConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    @property
+    def steps_per_round(self) -> int:
+        """S = T·B/M, the optimizer steps that one round feeds."""
+        return self.replay.inner_epochs * self.replay.samples_per_round // self.learner.minibatch
+
+    @property
+    def groups_per_round(self) -> int:
+        """B/C."""
+        return self.replay.samples_per_round // self.rollout.responses_per_prompt
+
+    @property
+    def groups_per_step(self) -> int:
+        """M/C."""
+        return self.learner.minibatch // self.rollout.responses_per_prompt
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that `learner.updates` minibatches take, the last one perhaps not to its end."""
+        return -(-self.learner.updates // self.steps_per_round)

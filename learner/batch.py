@@ -1,0 +1,117 @@
+"""From a batch's packed columns to padded tensors, and from a network to log-probabilities.
+
+Shapes: N rollouts, T prompt and response columns, L response columns, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actors.rollout import VALID, GroupId, Rollouts, Version
+
+RolloutKey = tuple[GroupId, int]  # group and member
+
+
+@dataclass
+class Padded:
+    """Rollouts as right-padded tensors; `rows` cuts out a micro-batch."""
+
+    input_NT: Tensor  # int64, prompt then response
+    attention_NT: Tensor | None  # None where nothing is padded
+    column_NL: Tensor | None  # where response token l is predicted; None: the last L + 1 … 2
+    token_NL: Tensor  # int64, response
+    mask_NL: Tensor  # bool, response tokens of valid rollouts
+    logp_NL: Tensor  # float32, as the engine stored them; NaN where offline data has none
+    step_NL: np.ndarray  # int64, of the weights that made each token
+    lineage_NL: np.ndarray
+    derived_NL: dict[str, Tensor]
+    keys: list[RolloutKey]
+    temperature: float
+
+    def rows(self, start: int, stop: int) -> "Padded":
+        """Rollouts start … stop − 1."""
+        cut = slice(start, stop)
+        return Padded(
+            self.input_NT[cut],
+            None if self.attention_NT is None else self.attention_NT[cut],
+            None if self.column_NL is None else self.column_NL[cut],
+            self.token_NL[cut],
+            self.mask_NL[cut],
+            self.logp_NL[cut],
+            self.step_NL[cut],
+            self.lineage_NL[cut],
+            {name: column[cut] for name, column in self.derived_NL.items()},
+            self.keys[cut],
+            self.temperature,
+        )
+
+    def versions(self) -> list[Version]:
+        """The versions that made its tokens, oldest first."""
+        mask = self.mask_NL.cpu().numpy()
+        pairs = np.unique(np.stack([self.lineage_NL[mask], self.step_NL[mask]]), axis=1)
+        return [Version(int(lineage), int(step)) for lineage, step in pairs.T]
+
+
+def pad(block: Rollouts, device: str = "cpu") -> Padded:
+    """A block as padded tensors on a device."""
+    members, length_N = block.members, block.length_N
+    prompt_N = np.repeat(np.diff(block.prompt_offset_G1), members)
+    total_N = prompt_N + length_N
+    input_NT = np.zeros((len(length_N), int(total_N.max())), dtype=np.int64)
+    column_T = np.arange(input_NT.shape[1])
+    is_response = (column_T >= prompt_N[:, None]) & (column_T < total_N[:, None])
+    for group in range(block.groups):
+        prompt = block.prompt(group)
+        input_NT[group * members : (group + 1) * members, : len(prompt)] = prompt
+    input_NT[is_response] = block.token_K
+    width = max(1, int(length_N.max()))
+    filled_NL = np.arange(width) < length_N[:, None]
+
+    def spread(column_K: np.ndarray, empty: float) -> np.ndarray:
+        out = np.full(filled_NL.shape, empty, dtype=column_K.dtype)
+        out[filled_NL] = column_K
+        return out
+
+    uniform = bool((prompt_N == prompt_N[0]).all() and (length_N == width).all())
+    valid_N1 = (block.status_N == VALID)[:, None]
+    column_NL = np.minimum(prompt_N[:, None] + np.arange(width) - 1, input_NT.shape[1] - 1)
+    derived = {n: spread(c, 0.0) for n, c in block.derived.items() if n.endswith("_K")}
+    return Padded(
+        input_NT=torch.from_numpy(input_NT).to(device),
+        attention_NT=None if uniform else torch.from_numpy(column_T < total_N[:, None]).to(device),
+        column_NL=None if uniform else torch.from_numpy(column_NL).to(device),
+        token_NL=torch.from_numpy(spread(block.token_K, 0).astype(np.int64)).to(device),
+        mask_NL=torch.from_numpy(filled_NL & valid_N1).to(device),
+        logp_NL=torch.from_numpy(spread(block.logp_K, 0.0)).to(device),
+        step_NL=spread(block.step_K, -1),
+        lineage_NL=spread(block.lineage_K, -1),
+        derived_NL={n: torch.from_numpy(c).to(device) for n, c in derived.items()},
+        keys=[(group, member) for group in block.ids() for member in range(members)],
+        temperature=block.temperature,
+    )
+
+
+def conditionals(model: nn.Module, batch: Padded) -> Tensor:
+    """log π(· | prefix) before each response token, under the sampler's temperature, [N, L, V]."""
+    attention = None if batch.attention_NT is None else batch.attention_NT.long()
+    logits_NTV = model(batch.input_NT, attention_mask=attention, use_cache=False).logits
+    if batch.column_NL is None:
+        logits_NLV = logits_NTV[:, -batch.token_NL.shape[1] - 1 : -1]
+    else:
+        rows = torch.arange(len(logits_NTV), device=logits_NTV.device)[:, None]
+        logits_NLV = logits_NTV[rows, batch.column_NL]
+    return (logits_NLV.float() / batch.temperature).log_softmax(-1)
+
+
+def token_logps(conditionals_NLV: Tensor, batch: Padded) -> Tensor:
+    """log π of the tokens taken, 0 where masked, [N, L]."""
+    logp_NL = conditionals_NLV.gather(-1, batch.token_NL[..., None])[..., 0]
+    return torch.where(batch.mask_NL, logp_NL, 0.0)
+
+
+def unpad(value_NL: Tensor, length_N: np.ndarray) -> np.ndarray:
+    """The response tokens' values as a packed column, [K] float32."""
+    filled_NL = np.arange(value_NL.shape[1]) < length_N[:, None]
+    return value_NL.detach().cpu().numpy()[filled_NL].astype(np.float32)

@@ -1,0 +1,120 @@
+"""The DeepSpeed engine of one rank: accumulate micro-batches, step or skip, read out weights."""
+
+import os
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actors import policy
+from configs.schema import LearnerConfig, Precision, RateSchedule
+
+
+def join(rank: int, ranks: int, master: tuple[str, int], threads: int) -> None:
+    """Make this process a rank: gloo on CPU, NCCL on GPU. To be called before `DeepSpeedEngine`."""
+    os.environ.update(
+        MASTER_ADDR=master[0], MASTER_PORT=str(master[1]), RANK=str(rank), WORLD_SIZE=str(ranks),
+        LOCAL_RANK="0",
+    )  # fmt: skip
+    torch.set_num_threads(threads)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # On CPU DeepSpeed would compile a shared-memory all-reduce at first use: a minute, a compiler
+    # to have, and nothing that gloo does not do for us.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def learning_rate(config: LearnerConfig, step: int) -> float:
+    """The rate of the step that follows `step` steps: linear warm-up, then the schedule to 0."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.updates - config.warmup)
+    match config.schedule:
+        case RateSchedule.linear:
+            return config.lr * max(0.0, 1.0 - done)
+        case RateSchedule.cosine:
+            return config.lr * 0.5 * (1.0 + float(np.cos(np.pi * min(1.0, done))))
+    return config.lr
+
+
+class DeepSpeedEngine:
+    """A network under DeepSpeed. Its own accumulation is 1: the caller marks the last micro-batch
+    of a step and scales losses by ranks / global count, since DeepSpeed averages over ranks."""
+
+    def __init__(self, model: nn.Module, config: LearnerConfig, ranks: int) -> None:
+        import deepspeed
+
+        self.config = config
+        optimizer = torch.optim.Adam(
+            model.parameters(),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+            foreach=True,
+        )
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self._settings(ranks), dist_init_required=False
+        )
+
+    def _settings(self, ranks: int) -> dict[str, Any]:
+        return {
+            "train_micro_batch_size_per_gpu": self.config.micro_batch,
+            "train_batch_size": self.config.micro_batch * ranks,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": self.config.max_grad_norm,
+            "zero_optimization": {"stage": self.config.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "bf16": {
+                "enabled": self.config.precision is Precision.bfloat16,
+                "check_grad_overflow": True,
+            },
+            "steps_per_print": 10**9,
+            "wall_clock_breakdown": False,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    def accumulate(self, loss: Tensor, last: bool) -> None:
+        """Backward of one micro-batch. A loss that is not finite makes every gradient NaN, so that
+        all ranks see it and skip together."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        if not bool(torch.isfinite(loss)):
+            loss = loss * float("nan")
+        self.engine.backward(loss)
+
+    def step(self, rate: float) -> bool:
+        """One optimizer step at this learning rate; False where gradients are not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.config.zero_stage == 0 and not self._finite():
+            self.engine.zero_grad()
+            return False
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.step()
+        return bool(self.engine.was_step_applied())
+
+    def _finite(self) -> bool:
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+
+    @torch.no_grad()
+    def weights(self) -> np.ndarray:
+        """All weights as `actors.policy.flatten` lays them out. Collective under ZeRO-3, where
+        parameters are gathered one by one."""
+        if self.config.zero_stage < 3:
+            return policy.flatten(self.engine.module)
+        from deepspeed.zero import GatheredParameters
+
+        pieces = []
+        for parameter in policy.parameters(self.engine.module):
+            with GatheredParameters([parameter]) if self.config.zero_stage == 3 else nullcontext():
+                pieces.append(parameter.detach().reshape(-1).float().cpu().numpy().copy())
+        return np.concatenate(pieces)

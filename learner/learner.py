@@ -1,0 +1,252 @@
+"""One learner rank: from a batch to an optimizer step, with the measure of how on-policy it was.
+
+No Ray here: the queue and where weights go are handed in, so the same code serves the Ray actor,
+the tests and the benchmarks' bare loops.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actors import policy
+from actors.rollout import Rollouts, Version
+from configs.schema import Config, DataSource, Schedule
+from learner import measures
+from learner.batch import Padded, conditionals, pad, token_logps, unpad
+from learner.conditionals import Conditionals, affordable
+from learner.engine import DeepSpeedEngine, learning_rate
+from learner.objectives import load
+from learner.replay.records import Batch
+from learner.signals import Signals, signals
+from learner.stages.bandit import initial_policy
+
+REFERENCE = "reference_logp_K"
+
+
+@dataclass
+class StepRecord:
+    """What one rank knows of one batch. Sums, so that ranks add up (`cluster.metrics` does)."""
+
+    batch: int
+    round: int
+    version: Version  # of the weights after it
+    stepped: bool
+    loss: float  # this rank's share of the mean
+    cells: measures.Cells
+    index: dict[str, Any]  # of the whole minibatch: age, reuse, reward, length; the same on all
+    rate: float
+    seconds: dict[str, float] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    weights: Any = None  # the new version's weights, where evaluation wants them
+    queue: dict[str, Any] = field(default_factory=dict)
+
+
+class Learner:
+    """A rank's networks and the update. `consume` is the whole of it."""
+
+    def __init__(self, config: Config, rank: int) -> None:
+        self.config = config
+        self.rank = rank
+        self.objective = load(config.objective.name)
+        path = initial_policy(config)
+        precision = config.learner.precision
+        model = policy.load_pretrained(config.policy, path, precision)
+        self.version = Version(0, 0)
+        self.engine = DeepSpeedEngine(model.train(), config.learner, config.learner.ranks)
+        self.reference = self._frozen(path)
+        self.conditionals: Conditionals | None = None
+        if affordable(config, int(model.config.vocab_size)):
+            scratch = self._frozen(path)
+            self.conditionals = Conditionals(config, scratch, self.reference)
+        self._round = -1
+
+    def _frozen(self, path: str) -> nn.Module:
+        """The initial network, not to be trained, on the engine's device."""
+        model = policy.load_pretrained(self.config.policy, path, self.config.learner.precision)
+        return nn.Module.to(model.eval().requires_grad_(False), self.engine.device)
+
+    def weights(self) -> np.ndarray:
+        """The current weights, flat; collective under ZeRO-3. Kept for measuring KL, too."""
+        flat = self.engine.weights()
+        if self.conditionals is not None:
+            self.conditionals.remember(self.version, flat)
+        return flat
+
+    def consume(self, batch: Batch) -> tuple[StepRecord, dict[str, np.ndarray]]:
+        """One optimizer step on a batch, or none where it is not finite.
+
+        Returns the record and the columns that this rank derived, for the queue to keep.
+        """
+        started = time.perf_counter()
+        if self.conditionals is not None and batch.round != self._round:
+            self.conditionals.start_round()
+        first_pass, self._round = batch.round != self._round, batch.round
+        index = batch.index
+        notes = signals(
+            index.reward_M, index.label_M, index.valid_M, self.config.rollout.responses_per_prompt,
+            batch.round_rewards, self.config.objective,
+            batch.number / max(1, self.config.learner.updates - 1),
+        )  # fmt: skip
+        count = notes.count(self.objective.traits.per)
+        loss, cells, derived = self._accumulate(batch, notes, count)
+        rate = learning_rate(self.config.learner, self.version.step)
+        stepped = self.engine.step(rate)
+        if stepped:
+            self.version = Version(self.version.lineage, self.version.step + 1)
+        record = StepRecord(
+            batch=batch.number,
+            round=batch.round,
+            version=self.version,
+            stepped=stepped,
+            loss=loss,
+            cells=cells,
+            index=_describe(index) if self.rank == 0 else {},
+            rate=rate,
+            seconds={"step": time.perf_counter() - started},
+            samples=self._samples(batch) if first_pass and self.rank == 0 else [],
+            queue=batch.measures,
+        )
+        return record, derived
+
+    def _accumulate(
+        self, batch: Batch, notes: Signals, count: int
+    ) -> tuple[float, measures.Cells, dict[str, np.ndarray]]:
+        """Backward over the rank's slice in equally many micro-batches on every rank."""
+        rows = -(-self.config.groups_per_step // self.config.learner.ranks)
+        rows *= self.config.rollout.responses_per_prompt
+        size = self.config.learner.micro_batch or rows
+        starts = range(0, rows, size)
+        loss, tables, references = 0.0, [], []
+        whole = pad(batch.block, str(self.engine.device)) if batch.block is not None else None
+        have = 0 if batch.block is None else len(batch.block.reward_N)
+        for start in starts:
+            last = start == starts[-1]
+            stop = min(start + size, have)
+            if whole is None or stop <= start:
+                self._fill_up(whole, last)
+                continue
+            part = whole.rows(start, stop)
+            here = slice(batch.first + start, batch.first + stop)
+            value, table, reference = self._micro_batch(
+                part, notes.rows(here.start, here.stop), count, last,
+                np.where(batch.index.offline, -1, batch.index.age_M[here]),
+                batch.index.reuse_M[here],
+            )  # fmt: skip
+            loss += value
+            tables.append(table)
+            references.append(reference)
+        derived = {}
+        if whole is not None and batch.block is not None and REFERENCE not in batch.block.derived:
+            wide = torch.cat(references) if references else None
+            if wide is not None:
+                derived[REFERENCE] = unpad(wide, batch.block.length_N)
+        return loss, measures.add(tables), derived
+
+    def _micro_batch(
+        self, part: Padded, notes: Signals, count: int, last: bool, age_N: np.ndarray,
+        reuse_N: np.ndarray,
+    ) -> tuple[float, measures.Cells, Tensor]:  # fmt: skip
+        now_NLV = conditionals(self.engine.engine, part)
+        logp_NL = token_logps(now_NLV, part)
+        logp_NL.retain_grad()
+        detached_NLV = now_NLV.detach()
+        reference_NL, reference_NLV = self._reference(part)
+        generator_NLV = None
+        if self.conditionals is not None:
+            generator_NLV = self.conditionals.of_generator(part, self.version, detached_NLV)
+        known = not bool(torch.isnan(part.logp_NL).any())
+        inputs = notes.loss_inputs(
+            logp_NL, part.mask_NL, part.logp_NL if known else None, reference_NL
+        )
+        value = self.objective.loss(inputs, self.config.objective) / max(count, 1)
+        self.engine.accumulate(value * self.config.learner.ranks, last)
+        gradient_NL = logp_NL.grad if logp_NL.grad is not None else torch.zeros_like(logp_NL)
+        inputs.logp_NL = logp_NL.detach()
+        table = measures.measure(
+            inputs, gradient_NL / self.config.learner.ranks, age_N, reuse_N,
+            (detached_NLV, generator_NLV, reference_NLV), self._clip(),
+        )  # fmt: skip
+        return float(value.detach()), table, reference_NL
+
+    def _fill_up(self, whole: Padded | None, last: bool) -> None:
+        """A micro-batch of weight zero, so that every rank runs equally many."""
+        device = self.engine.device
+        tokens = torch.zeros((1, 2), dtype=torch.long, device=device)
+        logits = self.engine.engine(whole.input_NT[:1] if whole else tokens, use_cache=False).logits
+        self.engine.accumulate(logits.sum() * 0.0, last)
+
+    @torch.no_grad()
+    def _reference(self, part: Padded) -> tuple[Tensor, Tensor | None]:
+        """log π_ref of the tokens taken [N, L], and its distributions where they are kept."""
+        if self.conditionals is not None:
+            reference_NLV = self.conditionals.of_reference(part)
+            return token_logps(reference_NLV, part), reference_NLV
+        if REFERENCE in part.derived_NL:
+            return part.derived_NL[REFERENCE], None
+        return token_logps(conditionals(self.reference, part), part), None
+
+    def _clip(self) -> tuple[str, float] | None:
+        objective = self.config.objective
+        return (objective.ratio.value, objective.epsilon) if objective.name == "ppo" else None
+
+    def _samples(self, batch: Batch) -> list[dict[str, Any]]:
+        if batch.block is None:
+            return []
+        count = min(self.config.run.samples_per_round, batch.block.groups)
+        return [_readable(batch.block, group, batch.round) for group in range(count)]
+
+    def publishes(self, number: int) -> bool:
+        """Whether actors need the version that this batch makes."""
+        if self.config.data.source is DataSource.offline:
+            return False
+        if self.config.replay.schedule is Schedule.pipelined or self.config.replay.lag:
+            return True
+        return (number + 1) % self.config.steps_per_round == 0
+
+    def evaluates(self, number: int) -> bool:
+        """Whether the version that this batch makes is evaluated."""
+        every, done = self.config.eval.every, number + 1
+        return done == self.config.learner.updates or (every > 0 and done % every == 0)
+
+
+def _describe(index: Any) -> dict[str, Any]:
+    """Tags and rewards of a minibatch's valid rollouts, for the metrics line."""
+    valid_M = index.valid_M
+    reward = index.reward_M[valid_M]
+    known = reward[~np.isnan(reward)]
+    ages = {} if index.offline else _count(index.age_M[valid_M])
+    return {
+        "age": ages,
+        "reuse": _count(index.reuse_M[valid_M]),
+        "reward_mean": float(known.mean()) if len(known) else None,
+        "response_length": float(index.length_M[valid_M].mean()) if valid_M.any() else None,
+        "truncated_fraction": float(index.truncated_M[valid_M].mean()) if valid_M.any() else None,
+        "tokens": int(index.length_M[valid_M].sum()),
+        "rollouts": int(valid_M.sum()),
+    }
+
+
+def _count(values: np.ndarray) -> dict[int, int]:
+    which, counts = np.unique(values, return_counts=True)
+    return dict(zip(which.tolist(), counts.tolist()))
+
+
+def _readable(block: Rollouts, group: int, round_: int) -> dict[str, Any]:
+    """A group's first rollout, for people to read."""
+    rollout = group * block.members
+    start, stop = block.offset_N1[rollout], block.offset_N1[rollout + 1]
+    reward = float(block.reward_N[rollout])
+    return {
+        "round": round_,
+        "position": int(block.position_G[group]),
+        "member": 0,
+        "prompt": block.prompt(group).tolist(),
+        "response": block.response(rollout).tolist(),
+        "reward": None if np.isnan(reward) else reward,
+        "failure": block.failures.get(rollout),
+        "steps": sorted(set(block.step_K[start:stop].tolist())),
+    }

@@ -1,0 +1,161 @@
+"""How on-policy a step was: KL, ESS, clip fraction and gradient weight, per (age, reuse) cell.
+
+Everything is kept as sums, so that micro-batches, ranks and steps add up; `finish` turns sums into
+the numbers that are reported. A number whose inputs are missing is absent, never 0.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from learner import divergence
+from learner.objectives.base import LossInputs
+
+Cell = tuple[int, int]  # age and reuse; age −1 where offline
+Sums = dict[str, float]
+Cells = dict[Cell, Sums]
+
+PER_TOKEN = ("kl_to_generator", "kl_from_generator", "kl_to_reference")
+PER_ROLLOUT = ("kl_to_generator_sequence", "kl_from_generator_sequence")
+
+
+@torch.no_grad()
+def measure(
+    inputs: LossInputs,
+    gradient_NL: Tensor,
+    age_N: np.ndarray,
+    reuse_N: np.ndarray,
+    conditionals: tuple[Tensor, Tensor | None, Tensor | None],
+    clip: tuple[str, float] | None,
+) -> Cells:
+    """Sums over one micro-batch by (age, reuse).
+
+    gradient_NL: ∂loss/∂log π_θ(token). conditionals: log-distributions [N, L, V] of π_θ, and of
+    π_gen and π_ref where known; with them KL is exact at each prefix, else estimated from the
+    sampled tokens. clip: PPO's (ratio, ε); without it there is no clip fraction.
+    """
+    valid_N, mask_NL = inputs.valid_N, inputs.mask_NL
+    columns: dict[str, Tensor] = {
+        "rollouts": valid_N.double(),
+        "tokens": mask_NL.sum(-1).double(),
+        "gradient_weight": gradient_NL.abs().double().sum(-1),
+    }
+    tokens = _per_token(inputs, conditionals)
+    columns.update({name: value_NL.double().sum(-1) for name, value_NL in tokens.items()})
+    if inputs.generator_logp_NL is not None:
+        log_ratio_NL = torch.where(mask_NL, inputs.logp_NL - inputs.generator_logp_NL, 0.0)
+        columns.update(_of_ratio(inputs, log_ratio_NL, tokens, clip))
+    return _by_cell(columns, age_N, reuse_N, valid_N.cpu().numpy())
+
+
+def _per_token(
+    inputs: LossInputs, conditionals: tuple[Tensor, Tensor | None, Tensor | None]
+) -> dict[str, Tensor]:
+    """Each divergence at each prefix, [N, L]: exact where distributions are known."""
+    now_NLV, generator_NLV, reference_NLV = conditionals
+    logp, gen, ref = inputs.logp_NL, inputs.generator_logp_NL, inputs.reference_logp_NL
+    mask, out = inputs.mask_NL, {}
+    if generator_NLV is not None:
+        out["kl_to_generator"] = divergence.exact_kl(now_NLV, generator_NLV, mask)
+        out["kl_from_generator"] = divergence.exact_kl(generator_NLV, now_NLV, mask)
+    elif gen is not None:
+        out["kl_to_generator"] = divergence.kl_to_generator(logp, gen, mask)
+        out["kl_from_generator"] = divergence.kl_from_generator(logp, gen, mask)
+    if reference_NLV is not None:
+        out["kl_to_reference"] = divergence.exact_kl(now_NLV, reference_NLV, mask)
+    elif gen is not None and ref is not None:
+        out["kl_to_reference"] = divergence.kl_to_reference(logp, gen, ref, mask)
+    return out
+
+
+def _of_ratio(
+    inputs: LossInputs,
+    log_ratio_NL: Tensor,
+    tokens: dict[str, Tensor],
+    clip: tuple[str, float] | None,
+) -> dict[str, Tensor]:
+    """Sequence divergences, the sums that ESS is made of, and clipped ratios, all [N]."""
+    assert inputs.generator_logp_NL is not None
+    weight_NL = divergence.prefix_weights(inputs.logp_NL, inputs.generator_logp_NL, inputs.mask_NL)
+    ratio_N = log_ratio_NL.double().sum(-1).exp() * inputs.valid_N
+    to_NL, from_NL = tokens["kl_to_generator"], tokens["kl_from_generator"]
+    out = {
+        "ratio": ratio_N,
+        "ratio_squared": ratio_N**2,
+        "kl_to_generator_sequence": divergence.sequence_kl_to(to_NL, weight_NL),
+        "kl_from_generator_sequence": divergence.sequence_kl_from_generator(from_NL),
+    }
+    if clip is not None and clip[0] == "token":
+        out["clipped"] = divergence.clipped(log_ratio_NL, inputs.mask_NL, clip[1]).sum(-1)
+        out["clippable"] = inputs.mask_NL.double().sum(-1)
+    elif clip is not None:
+        out["clipped"] = divergence.clipped(log_ratio_NL.sum(-1), inputs.valid_N, clip[1])
+        out["clippable"] = inputs.valid_N.double()
+    return out
+
+
+def _by_cell(
+    columns: dict[str, Tensor], age_N: np.ndarray, reuse_N: np.ndarray, valid_N: np.ndarray
+) -> Cells:
+    names = list(columns)
+    table = torch.stack([columns[name] for name in names]).cpu().numpy()
+    pairs, owner = np.unique(np.stack([age_N, reuse_N])[:, valid_N], axis=1, return_inverse=True)
+    sums = np.zeros((len(names), pairs.shape[1]))
+    for row, values in enumerate(table[:, valid_N]):
+        sums[row] = np.bincount(owner.reshape(-1), weights=values, minlength=pairs.shape[1])
+    return {
+        (int(age), int(reuse)): dict(zip(names, sums[:, cell].tolist()))
+        for cell, (age, reuse) in enumerate(pairs.T)
+    }
+
+
+def add(tables: Iterable[Cells]) -> Cells:
+    """The sums of several micro-batches, ranks or steps together."""
+    total: Cells = {}
+    for table in tables:
+        for cell, sums in table.items():
+            into = total.setdefault(cell, {})
+            for name, value in sums.items():
+                into[name] = into.get(name, 0.0) + value
+    return total
+
+
+def finish(sums: Sums) -> dict[str, float]:
+    """The measures of a cell, or of cells added up; a NaN or absent input leaves its measure out.
+
+    KL per token in nats, and per sequence with the suffix `_sequence`; ESS as a fraction of n.
+    """
+    out = {name: _ratio(sums, name, "tokens") for name in PER_TOKEN}
+    out |= {name: _ratio(sums, name, "rollouts") for name in PER_ROLLOUT}
+    out["clip_fraction"] = _ratio(sums, "clipped", "clippable")
+    if sums.get("rollouts") and sums.get("ratio_squared"):
+        out["ess"] = sums["ratio"] ** 2 / (sums["rollouts"] * sums["ratio_squared"])
+    return {name: value for name, value in out.items() if value is not None and np.isfinite(value)}
+
+
+def total(cells: Cells) -> Sums:
+    """All cells added up."""
+    merged = add({(0, 0): sums} for sums in cells.values())
+    return merged.get((0, 0), {})
+
+
+def table(cells: Cells) -> list[dict[str, Any]]:
+    """The age × reuse table: a row a cell, with its share of the gradient weight."""
+    whole = sum(sums.get("gradient_weight", 0.0) for sums in cells.values())
+    return [
+        {
+            "age": None if age < 0 else age,
+            "reuse": reuse,
+            "rollouts": int(sums["rollouts"]),
+            "gradient_share": sums["gradient_weight"] / whole if whole > 0 else None,
+            **finish(sums),
+        }
+        for (age, reuse), sums in sorted(cells.items())
+    ]
+
+
+def _ratio(sums: Sums, name: str, per: str) -> float | None:
+    return sums[name] / sums[per] if name in sums and sums.get(per) else None

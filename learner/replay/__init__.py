@@ -1,0 +1,1 @@
+"""The replay queue: groups tagged with versions, a staleness budget, and the ledger of it all."""

@@ -1,0 +1,99 @@
+"""What the queue keeps of a group, and what it hands to a learner rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from actors.rollout import Rollouts
+
+
+@dataclass
+class Held:
+    """A group in the queue: where its columns are, and what is tagged onto it."""
+
+    block: Rollouts
+    place: int  # group within the block
+    entered: float  # time.monotonic()
+    valid_C: np.ndarray
+    oldest_C: np.ndarray  # step of each member's oldest token
+    reuse: int = 0  # committed consumptions
+    derived: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def valid(self) -> int:
+        return int(self.valid_C.sum())
+
+    @property
+    def oldest(self) -> int:
+        return int(self.oldest_C[self.valid_C].min())
+
+    @property
+    def tokens(self) -> int:
+        """Response tokens of all members."""
+        first = self.place * self.block.members
+        return int(self.block.offset_N1[first + self.block.members] - self.block.offset_N1[first])
+
+    def columns(self) -> Rollouts:
+        """The group as a block of its own, of views, with what the learner derived."""
+        columns = self.block.select(self.place, self.place + 1)
+        columns.derived = dict(self.derived)
+        return columns
+
+    def rows(self, column: str) -> np.ndarray:
+        """The group's C values of a rollout column of its block."""
+        members = self.block.members
+        whole: np.ndarray = getattr(self.block, column)
+        return whole[self.place * members : (self.place + 1) * members]
+
+
+@dataclass(frozen=True)
+class Index:
+    """A whole minibatch's small columns, the same for every rank; M rollouts in group order."""
+
+    reward_M: np.ndarray
+    label_M: np.ndarray
+    valid_M: np.ndarray  # bool
+    length_M: np.ndarray
+    truncated_M: np.ndarray  # bool
+    age_M: np.ndarray  # int64; meaningless where offline
+    reuse_M: np.ndarray  # this consumption included
+    offline: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a rank gets of one minibatch: its slice, and the index of the whole."""
+
+    lineage: int
+    number: int
+    step: int  # optimizer steps in the weights that consume it
+    round: int
+    first: int  # the slice's first rollout within the minibatch
+    block: Rollouts | None  # None where a rank has no group
+    index: Index
+    round_rewards: np.ndarray  # of the round's valid rollouts, float32
+    measures: dict[str, Any]  # queue_seconds, depth and ledger counts at the first call
+
+
+def index(held: Sequence[Held], reuse: Sequence[np.ndarray], step: int, offline: bool) -> Index:
+    """The index of groups consumed at a step; reuse: [C] a group, this consumption included."""
+
+    def column(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=dtype)
+
+    def lengths(h: Held) -> np.ndarray:
+        members = h.block.members
+        return np.diff(h.block.offset_N1[h.place * members : (h.place + 1) * members + 1])
+
+    return Index(
+        reward_M=column([h.rows("reward_N") for h in held], np.float32),
+        label_M=column([h.rows("label_N") for h in held], np.int8),
+        valid_M=column([h.valid_C for h in held], bool),
+        length_M=column([lengths(h) for h in held], np.int64),
+        truncated_M=column([h.rows("truncated_N") for h in held], bool),
+        age_M=column([step - h.oldest_C for h in held], np.int64),
+        reuse_M=column(list(reuse), np.int64),
+        offline=offline,
+    )

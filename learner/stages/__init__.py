@@ -1,0 +1,1 @@
+"""What is trained before preference fine-tuning: the initial policy, reward models."""

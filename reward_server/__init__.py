@@ -1,0 +1,1 @@
+"""Defines and serves rewards: analytic functions, a user's own function, the Ray Serve app."""

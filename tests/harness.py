@@ -1,0 +1,114 @@
+"""Algorithm 1 in one process, from the real parts, without Ray: what unit tests run.
+
+Actors and learner take turns over the real queue; nothing is mocked but the service around it.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from actors.actor import Lease, RolloutActor
+from actors.rollout import Rollouts
+from actors.torch_engine import TorchEngine
+from cluster import inputs
+from configs.load import prepare
+from configs.objectives import TABLE
+from configs.schema import Config
+from learner.engine import join
+from learner.learner import Learner, StepRecord
+from learner.replay.queue import ReplayQueue
+from learner.replay.staleness import plan
+from reward_server.rewards import load, score_safely
+
+
+class LocalQueue:
+    """`actors.actor.QueueClient` without a process in between; gives up where it would wait."""
+
+    def __init__(self, queue: ReplayQueue) -> None:
+        self.queue = queue
+
+    def lease(self, actor: int) -> Lease | None:
+        return self.queue.lease(actor)
+
+    def weights(self, lease: Lease) -> np.ndarray:
+        return lease.weights[0]
+
+    def put(self, lease: Lease, block: Rollouts) -> None:
+        self.queue.put(lease, block)
+
+
+class LocalRewards:
+    """`actors.actor.RewardClient` that calls the reward itself."""
+
+    def __init__(self, config: Config) -> None:
+        self.reward = load(config.reward)
+
+    def score(self, prompts: Any, responses: Any, timeout_s: float) -> Any:
+        return score_safely(self.reward, prompts, responses)
+
+
+def settings(preset: str, *overrides: str) -> Config:
+    return prepare(preset, list(overrides))
+
+
+def new_queue(config: Config) -> ReplayQueue:
+    return ReplayQueue(
+        plan(config), config.learner.ranks, TABLE[config.objective.name].min_valid,
+        config.limits.failure_rate, config.limits.failure_window,
+    )  # fmt: skip
+
+
+class Local:
+    """Actors, queue and learner of a configuration, stepped by hand."""
+
+    def __init__(self, config: Config, actors: int = 1, port: int = 29511) -> None:
+        join(0, 1, ("127.0.0.1", port), 1)
+        self.config = config
+        self.queue = new_queue(config)
+        self.learner = Learner(config, 0)
+        self.queue.publish(self.learner.version, [self.learner.weights()])
+        prompts = inputs.prompts(config)
+        self.actors = [
+            RolloutActor(i, TorchEngine(config), prompts, LocalQueue(self.queue),
+                         LocalRewards(config), 10.0)
+            for i in range(actors)
+        ]  # fmt: skip
+
+    def generate(self) -> None:
+        """Let the actors, in turn, serve leases until none is admitted."""
+        turns = itertools.cycle(self.actors)
+        while self._serve(next(turns)):
+            pass
+
+    def _serve(self, actor: RolloutActor) -> bool:
+        lease = self.queue.lease(actor.index)
+        if lease is None:
+            return False
+        actor.queue = _Once(self.queue, lease)
+        actor.run()
+        return True
+
+    def steps(self, count: int) -> Iterator[StepRecord]:
+        """Consume batches, generating whatever is admitted before each."""
+        for number in range(self.queue.committed, self.queue.committed + count):
+            self.generate()
+            batch = self.queue.get(0, number, 0)
+            assert batch is not None, self.queue.missing(number)
+            record, derived = self.learner.consume(batch)
+            self.queue.commit(0, number, 0, record.stepped, derived)
+            if self.learner.publishes(number):
+                self.queue.publish(self.queue.version, [self.learner.weights()])
+            yield record
+
+
+class _Once(LocalQueue):
+    """Hands out one lease, taken before."""
+
+    def __init__(self, queue: ReplayQueue, lease: Lease) -> None:
+        super().__init__(queue)
+        self._leases = [lease]
+
+    def lease(self, actor: int) -> Lease | None:
+        return self._leases.pop() if self._leases else None

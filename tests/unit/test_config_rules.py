@@ -1,0 +1,181 @@
+"""Every invariant of the settings has a rule, and every rule names its key and a fix."""
+
+import copy
+import dataclasses
+import functools
+import math
+import typing
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs import load as loading
+from configs.bounds import BOUNDS, UNBOUNDED, numbers_are_in_range
+from configs.load import ConfigError, load, prepare, resolve
+from configs.schema import Config
+from configs.validate import RULES, check
+
+QUICK = settings(max_examples=60, deadline=None)
+
+# rule, what breaks it (on the preset `bandit`), the key named, a part of the fix
+BROKEN = [
+    ("numbers_are_in_range", "learner.lr=0", "learner.lr", "learner.lr=0.001"),
+    ("numbers_are_in_range", "learner.lr=nan", "learner.lr", "a number"),
+    ("objective_is_known", "objective.name=ipoo", "objective.name", "objective.name=ipo"),
+    ("minibatch_holds_whole_groups", "learner.minibatch=33", "learner.minibatch", "=30 or 40"),
+    ("round_holds_whole_groups", "replay.samples_per_round=105", "replay.samples_per_round",
+     "=100 or 110"),
+    ("round_holds_whole_minibatches", "learner.minibatch=70", "replay.samples_per_round",
+     "learner.minibatch=50 or 20"),
+    ("group_wise_objective_has_groups", "rollout.responses_per_prompt=1",
+     "rollout.responses_per_prompt", "responses_per_prompt=2"),
+    ("leave_one_out_has_others",
+     "rollout.responses_per_prompt=1 objective.name=ppo objective.advantage=leave_one_out",
+     "objective.advantage", "objective.advantage=standardised"),
+    ("every_rank_has_a_group", "learner.ranks=11", "learner.ranks", "learner.ranks=10"),
+    ("micro_batch_fits", "learner.micro_batch=110", "learner.micro_batch", "micro_batch=100"),
+    ("micro_batch_fits", "learner.micro_batch=15", "learner.micro_batch", "=10 or 20"),
+    ("source_fits_objective", "objective.name=pref_ft", "data.source", "data.source=offline"),
+    ("source_fits_objective", "objective.name=ppo data.source=offline", "data.source",
+     "data.source=on_policy"),
+    ("reuse_fits_objective", "objective.name=reinforce", "replay.inner_epochs",
+     "replay.inner_epochs=1"),
+    ("quantiles_rise", "objective.quantile_start=0.95", "objective.quantile_start", "=0.9"),
+    ("warmup_ends", "learner.warmup=2000", "learner.warmup", "learner.warmup=100"),
+    ("offline_rollouts_have_no_age", "data.source=offline replay.schedule=pipelined",
+     "replay.schedule", "replay.schedule=lockstep"),
+    ("offline_rollouts_have_no_age", "data.source=offline replay.lag=1", "replay.lag",
+     "replay.lag=0"),
+    ("offline_rollouts_have_no_age", "data.source=offline replay.max_age=9", "replay.max_age",
+     "replay.max_age=null"),
+    ("budget_can_be_kept", "replay.max_age=8", "replay.max_age", "replay.max_age=9"),
+    ("budget_can_be_kept", "replay.max_age=9 replay.lag=1", "replay.max_age", "max_age=10"),
+    ("data_path_is_used", "data.path=pairs.jsonl", "data.path", "data.source=offline"),
+    ("ready_order_is_pipelined", "replay.order=ready", "replay.order", "schedule=pipelined"),
+    ("in_flight_updates_can_happen", "rollout.update=in_flight", "rollout.update", "engine=vllm"),
+    ("in_flight_updates_can_happen", "rollout.update=in_flight rollout.engine=vllm",
+     "rollout.update", "replay.schedule=pipelined"),
+    ("heads_divide_the_width", "policy.bandit.width=50", "policy.bandit.width", "=48 or 51"),
+    ("vllm_knows_the_head_size", "rollout.engine=vllm", "policy.bandit.width",
+     "policy.bandit.width=64 policy.bandit.heads=2"),
+    ("prompts_have_a_source", "prompts.source=jsonl", "prompts.path", "set prompts.path"),
+    ("prompts_have_a_source", "prompts.path=a.jsonl", "prompts.path", "prompts.source=jsonl"),
+    ("bandit_contexts_are_tokens", "prompts.count=101", "prompts.count", "from 1 to 100"),
+    ("bandit_contexts_are_tokens", "prompts.count=0", "prompts.count", "from 1 to 100"),
+    ("bandit_contexts_are_tokens", "policy.path=model", "prompts.source", "prompts.source=jsonl"),
+    ("reward_function_is_named", "reward.kind=function", "reward.path", "module:function"),
+    ("reward_function_is_named", "reward.kind=function reward.path=a.py", "reward.path",
+     "module:function"),
+    ("reward_function_is_named", "reward.path=a:b", "reward.path", "reward.kind=function"),
+    ("run_name_is_a_file_name", "run.name=a/b", "run.name", "run.name=a_b"),
+    ("run_name_is_a_file_name", "run.name=..", "run.name", "run.name=try"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule, overrides, key, fix", BROKEN)
+def test_a_broken_invariant_names_its_key_and_a_fix(rule, overrides, key, fix):
+    config = load("bandit", overrides.split())
+    with pytest.raises(ConfigError) as alone:
+        next(r for r in RULES if r.__name__ == rule)(config)
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    assert str(alone.value) == str(caught.value)
+    assert_one_line(caught.value)
+    assert caught.value.key == key and fix in caught.value.fix
+
+
+def test_every_rule_has_a_failing_case():
+    assert {rule for rule, *_ in BROKEN} == {rule.__name__ for rule in RULES}
+
+
+@pytest.mark.parametrize("key", BOUNDS)
+def test_a_number_out_of_range_names_its_key_and_one_within(key):
+    bound = BOUNDS[key]
+    for end, is_open in ((bound.low, bound.open_low), (bound.high, bound.open_high)):
+        if not math.isfinite(end) or end > 2**62:
+            continue
+        outside = end if is_open else end + (1 if end == bound.high else -1)
+        with pytest.raises(ConfigError) as caught:
+            numbers_are_in_range(with_value(key, outside))
+        assert caught.value.key == key
+        assert_one_line(caught.value)
+        suggested = caught.value.fix.partition(f"{key}=")[2]
+        numbers_are_in_range(with_value(key, float(suggested)))
+
+
+def test_every_number_has_a_range():
+    numeric = {key for key, hint in loading._leaves().items() if _is_number(hint)}
+    missing = numeric - set(BOUNDS) - set(UNBOUNDED)
+    assert not missing, f"add to configs/bounds.py: {missing}"
+    assert set(BOUNDS) | set(UNBOUNDED) <= numeric
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "objective.name=ppo rollout.responses_per_prompt=1",
+        "objective.name=ppo learner.micro_batch=15",
+        "rollout.engine=vllm policy.bandit.width=64 policy.bandit.heads=2",
+        "rollout.engine=vllm rollout.update=in_flight replay.schedule=pipelined replay.order=ready"
+        " policy.bandit.width=64 policy.bandit.heads=2",
+        "policy.path=model prompts.source=jsonl prompts.path=a.jsonl rollout.engine=vllm",
+        "reward.kind=function reward.path=package.rewards:score",
+        "data.source=offline data.path=pairs.jsonl rollout.responses_per_prompt=2",
+        "replay.samples_per_round=400 replay.inner_epochs=2 objective.name=ppo run.name=try",
+        "replay.lag=3 replay.inner_epochs=1",
+        "replay.schedule=pipelined replay.inner_epochs=1 replay.max_age=0 rollout.actors=2",
+    ],
+)
+def test_sound_combinations_pass(overrides):
+    check(prepare("bandit", overrides.split()))
+
+
+@QUICK
+@given(b=st.integers(1, 500), m=st.integers(1, 500), c=st.integers(1, 20),
+       ranks=st.integers(1, 4), micro=st.integers(0, 100), t=st.integers(1, 10))  # fmt: skip
+def test_what_passes_the_checks_resolves_to_what_passes_them(b, m, c, ranks, micro, t):
+    config = bandit()
+    config.replay.samples_per_round, config.learner.minibatch = b, m
+    config.rollout.responses_per_prompt, config.learner.ranks = c, ranks
+    config.learner.micro_batch, config.replay.inner_epochs = micro, t
+    try:
+        check(config)
+    except ConfigError as error:
+        assert_one_line(error)
+        return
+    resolved = resolve(config)
+    check(resolved)
+    assert resolved.steps_per_round * m == t * b
+    assert resolved.learner.micro_batch % c == 0
+
+
+def assert_one_line(error: ConfigError) -> None:
+    assert len(str(error).splitlines()) == 1
+    assert error.problem and error.fix
+
+
+@functools.cache
+def _bandit() -> Config:
+    return load("bandit", [])
+
+
+def bandit() -> Config:
+    """A fresh copy of the preset, without reading it again."""
+    return copy.deepcopy(_bandit())
+
+
+def with_value(key: str, value: float) -> Config:
+    config = bandit()
+    *sections, leaf = key.split(".")
+    owner: object = config
+    for section in sections:
+        owner = getattr(owner, section)
+    assert dataclasses.is_dataclass(owner)
+    setattr(owner, leaf, value)
+    return config
+
+
+def _is_number(hint: object) -> bool:
+    kinds = typing.get_args(hint) or (hint,)
+    return any(kind in (int, float) for kind in kinds)
