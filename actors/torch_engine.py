@@ -33,6 +33,7 @@ class TorchEngine:
         nn.Module.to(self.model, self.device)
         self.end_tokens = torch.tensor(policy.end_tokens(shape), device=self.device)
         self.longest_prompt = policy.context_limit(shape) - config.rollout.max_tokens
+        self.vocabulary: int = shape.vocab_size
 
     def load(self, weights: np.ndarray, version: Version) -> None:
         policy.unflatten(self.model, weights)
@@ -40,7 +41,7 @@ class TorchEngine:
 
     def generate(self, requests: Sequence[Request], stream: str) -> Rollouts:
         members = self.config.rollout.responses_per_prompt
-        refused = [does_not_fit(request, self.longest_prompt) for request in requests]
+        refused = [does_not_fit(r, self.longest_prompt, self.vocabulary) for r in requests]
         fits = [why is None for why in refused]
         answered = [r for r, ok in zip(requests, fits) if ok]
         token_NL = np.zeros((len(answered) * members, 0), dtype=np.int32)

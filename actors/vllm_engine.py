@@ -18,11 +18,10 @@ from actors.engine import Request
 from actors.packing import does_not_fit, fail_group, pack
 from actors.randomness import request_seed
 from actors.rollout import GENERATION_FAILED, Rollouts, Version
-from actors.vllm_process import VllmProcess, context
+from actors.vllm_process import DIED, EngineDied, VllmProcess, context
 from configs.schema import Config
 
 NO_VERSION = Version(-1, -1)
-SEED_MASK = 2**62 - 1  # leaves room under 2**63 for adding the member
 
 
 class VllmEngine:
@@ -37,11 +36,17 @@ class VllmEngine:
         self.version = NO_VERSION
         shape = policy.architecture(config)
         self.end_tokens = policy.end_tokens(shape)
-        self.longest_prompt = context(config, shape) - config.rollout.max_tokens
+        self.context = context(config, shape)
+        self.vocabulary: int = shape.vocab_size
         self.process = VllmProcess(config, shape)
         self._numbers = itertools.count()
         self._running = 0  # requests that vLLM has, counted on its loop
         self._updating = asyncio.Lock()
+
+    @property
+    def longest_prompt(self) -> int:
+        """In tokens, so that a whole response still fits."""
+        return self.context - self.config.rollout.max_tokens
 
     def load(self, weights: np.ndarray, version: Version) -> None:
         expected = self.process.buffer.array.size
@@ -88,11 +93,12 @@ class VllmEngine:
 
     async def _answer(self, request: Request, stream: str) -> list[Any] | str:
         """vLLM's C outputs for one prompt, or why there are none."""
+        from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        if why := does_not_fit(request, self.longest_prompt):
+        if why := does_not_fit(request, self.longest_prompt, self.vocabulary):
             return why
-        prompt = {"prompt_token_ids": np.asarray(request.prompt.ids).tolist()}
+        prompt = tokens_input(np.asarray(request.prompt.ids).tolist())
         async with self._updating:
             self._running += 1
         try:
@@ -103,8 +109,8 @@ class VllmEngine:
             ):
                 last = output
             return last.outputs if last else "vLLM gave no answer"
-        except EngineDeadError:
-            raise
+        except EngineDeadError as error:
+            raise EngineDied(DIED) from error
         except Exception as error:
             return f"vLLM: {_one_line(error.__cause__ or error)}"
         finally:
@@ -114,10 +120,9 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         rollout = self.config.rollout
-        seed = request_seed(self.config.seed, stream, request.id.position)
         return SamplingParams(
             n=rollout.responses_per_prompt,
-            seed=seed & SEED_MASK,
+            seed=request_seed(self.config.seed, stream, request.id.position),
             temperature=rollout.temperature,
             max_tokens=rollout.max_tokens,
             stop_token_ids=list(self.end_tokens),

@@ -8,6 +8,7 @@ registers the backend. Nothing else may import it: it needs vLLM.
 Source: vllm 0.32.0, distributed/weight_transfer/{base,ipc_engine}.py.
 """
 
+import logging
 import os
 import select
 import signal
@@ -22,6 +23,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -30,6 +32,9 @@ from vllm.model_executor.model_loader.reload import (
 from actors.shared_memory import attach
 
 BACKEND = "onpolicy_shared_memory"
+
+# It warns of a tied output layer at every update; `receive_weights` checks that nothing is missing.
+logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
 
 @dataclass
@@ -56,6 +61,8 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         sizes = [torch.Size(shape).numel() for shape in init_info.shapes]
         flat = torch.from_numpy(attach(init_info.path, sum(sizes)))
+        # Before any reload: vLLM's own parameters, tied ones once.
+        self.parameters = {name for name, _ in self.model.named_parameters()}
         self.weights = [
             (name, piece.view(shape))
             for name, piece, shape in zip(init_info.names, flat.split(sizes), init_info.shapes)
@@ -71,10 +78,18 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        self.model.load_weights(self.weights)
+        model: Any = self.model
+        loaded = model.load_weights(self.weights)
+        if loaded is not None and (missing := self.parameters - set(loaded)):
+            raise RuntimeError(f"no weights came for {min(missing)}, of {len(missing)} in all")
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        for module in self.model.modules():
+            if isinstance(module, ParallelLMHead):
+                # Tied to the embedding it got no weights of its own, so the reload left its
+                # prepacked copy (CPU) as it was.
+                module.quant_method.process_weights_after_loading(module)
 
     def shutdown(self) -> None:
         self.weights = []

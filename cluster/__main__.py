@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("report", _report, "write report.html of a run")
     sub.add_argument("run", metavar="RUN_DIR")
     sub = command("bench", _bench, "measure ours beside a named baseline, in one run")
-    sub.add_argument("name", choices=["overhead"])
+    sub.add_argument("name", choices=["methods", "overhead"])
     sub.add_argument("settings", nargs="*", metavar="key=value")
     return top
 
@@ -62,6 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

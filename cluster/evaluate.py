@@ -44,7 +44,8 @@ class Evaluator:
         number: of the evaluation in this run; each has draws of its own.
         """
         self.engine.load(weights, version)
-        block = self._rollouts(self.config.eval.samples, number, "eval")
+        groups = -(-self.config.eval.samples // self.config.rollout.responses_per_prompt)
+        block = self._rollouts(range(number * groups, (number + 1) * groups), "eval")
         valid = (block.status_N == VALID)[: self.config.eval.samples]
         reward = block.reward_N[: self.config.eval.samples][valid]
         if not len(reward):
@@ -58,10 +59,8 @@ class Evaluator:
             "eval_kl_to_reference": self._kl_to_reference(block),
         }
 
-    def _rollouts(self, samples: int, number: int, stream: str) -> Rollouts:
-        """At least so many scored rollouts, in whole groups."""
-        groups = -(-samples // self.config.rollout.responses_per_prompt)
-        positions = range(number * groups, (number + 1) * groups)
+    def _rollouts(self, positions: range, stream: str) -> Rollouts:
+        """Scored groups for the prompts at these positions."""
         requests = [Request(GroupId(p, 0), self.prompts[p]) for p in positions]
         block = self.engine.generate(requests, stream)
         score(block, self.rewards, self.config.limits.wait_seconds)
@@ -81,11 +80,10 @@ class Evaluator:
         Returns how many groups had no failed rollout, and so were written.
         """
         self.engine.load(weights, Version(0, 0))
-        members = self.config.rollout.responses_per_prompt
         groups = []
         for start in range(0, self.config.data.prompts, GROUPS_AT_ONCE):
-            count = min(GROUPS_AT_ONCE, self.config.data.prompts - start)
-            block = self._rollouts(count * members, 0, f"offline/{start}")
+            stop = min(start + GROUPS_AT_ONCE, self.config.data.prompts)
+            block = self._rollouts(range(start, stop), "offline")
             for group in range(block.groups):
                 part = block.select(group, group + 1)
                 if not part.failures:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from learner import measures
-from learner.learner import StepRecord
+from learner import cells
+from learner.cells import StepRecord
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ METRICS = (
     Metric("reuse", "consumptions", "committed consumptions of the rollout, this one included"),
     Metric("queue_seconds", "s", "from entering the queue to the first consumption"),
     Metric("kl_to_generator", "nats/token", "KL(π_θ‖π_gen) at π_gen's prefixes"),
+    Metric(
+        "engine_mismatch_kl",
+        "nats/token",
+        "KL(π_gen‖π_θ) of the age-0 tokens: the engine's numerical floor, if weights arrive",
+    ),
     Metric("kl_from_generator", "nats/token", "KL(π_gen‖π_θ) at π_gen's prefixes"),
     Metric("kl_to_reference", "nats/token", "KL(π_θ‖π_ref) at π_gen's prefixes"),
     Metric("ess", "fraction", "(Σρ)²/(n·Σρ²) of sequence ratios ρ = π_θ/π_gen"),
@@ -48,7 +53,7 @@ METRICS = (
 def merge(ranks: Sequence[StepRecord]) -> dict[str, Any]:
     """One metrics line from all ranks' records of a batch. Absent inputs leave a metric out."""
     first = ranks[0]
-    cells = measures.add(record.cells for record in ranks)
+    merged = cells.add(record.cells for record in ranks)
     index, seconds = first.index, first.seconds
     line: dict[str, Any] = {
         "step": first.version.step,
@@ -62,12 +67,13 @@ def merge(ranks: Sequence[StepRecord]) -> dict[str, Any]:
         "reward_mean": index["reward_mean"],
         "response_length": index["response_length"],
         "truncated_fraction": index["truncated_fraction"],
-        **measures.finish(measures.total(cells)),
+        **cells.finish(cells.total(merged)),
+        "engine_mismatch_kl": cells.engine_mismatch(merged),
         **first.queue,
         "weight_sync_seconds": seconds["publish"],
         "tokens_per_second": index["tokens"] / seconds["all"],
         "learner_idle_fraction": seconds["wait"] / seconds["all"],
-        "cells": measures.table(cells),
+        "cells": cells.table(merged),
     }
     return {name: value for name, value in line.items() if value is not None}
 

@@ -216,6 +216,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
         "ledger": wording.ledger_line(ledger) if ledger else wording.ABSENT,
         "retired": ", ".join(f"{why} {number(n)}" for why, n in reasons if n) or wording.ABSENT,
     }
+    if of.get("failure"):
+        rows["failure"] = str(of["failure"])
     for name, value in rows.items():
         table.add_row(Text(name), Text(value))
     return table

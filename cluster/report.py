@@ -81,7 +81,7 @@ def _tiles(run: report_data.Run) -> list[tuple[str, str, str]]:
         ("age", _most(of, "age"), wording.mean_max(of, "age")),
         ("reuse", _most(of, "reuse"), wording.mean_max(of, "reuse")),
         ("KL to generator", number(of.get("kl_to_generator")), "nats per token"),
-        ("KL to reference", number(of.get("kl_to_reference")), "nats per token"),
+        ("KL to reference", number(of.get("kl_to_reference")), "nats per token, at the end"),
         ("ESS", number(of.get("ess")), "fraction of samples"),
     ]
 

@@ -20,6 +20,7 @@ SCALARS = (
     "step", "reward_mean", "reward_eval", "reward_eval_error", "kl_to_generator",
     "kl_from_generator", "kl_to_reference", "eval_kl_to_reference", "loss", "ess",
 )  # fmt: skip
+AVERAGED = ("reward_mean", "kl_to_generator", "kl_from_generator", "ess")
 FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "environment.json")
 SAMPLES = 24  # rollouts shown
 
@@ -70,11 +71,13 @@ def read(directory: Path) -> Run:
     run.summary = tally.summary(run.history) if tally else summary
     run.name = str(summary.get("name") or run.name)
     run.samples = _spread(list(_json_lines(directory / "samples.jsonl", run.notes)))
+    if summary.get("failure"):
+        run.notes.insert(0, f"The run failed: {summary['failure']}")
     if not run.complete:
         run.notes.insert(
             0,
             "There is no summary.json: the run is still going, or was killed. "
-            "Numbers are from the metrics lines so far, averaged over them.",
+            "Numbers are from the metrics lines so far: means over them, and the last KL to π_ref.",
         )
     return run
 
@@ -167,12 +170,12 @@ class _Tally:
         }
         return {
             "updates": batch + 1 if isinstance(batch, int) else self.last.get("step"),
-            "reward_eval": known["reward_eval"][-1] if known["reward_eval"] else None,
+            **{k: known[k][-1] if known[k] else None for k in ("reward_eval", "kl_to_reference")},
             "ledger": ledger if retired is not None else None,
             "age": _describe(self.counts["age"]),
             "reuse": _describe(self.counts["reuse"]),
             "cells": [self._share(row) for row in self.cells.values()],
-            **{name: mean[name] for name in SCALARS if name.startswith(("kl", "ess", "reward_m"))},
+            **{name: mean[name] for name in AVERAGED},
         }
 
     def _share(self, row: dict[str, Any]) -> dict[str, Any]:

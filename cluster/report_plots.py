@@ -21,9 +21,10 @@ LARGE, SMALL = (4.2, 3.0), (3.3, 2.5)  # inches; only their proportions to the t
 # Colours that are replaced by CSS variables once the SVG is written.
 INK, LINE, FIRST, SECOND = "#010101", "#020202", "#030303", "#040404"
 VARIABLES = {INK: "--ink", LINE: "--line", FIRST: "--first", SECOND: "--second"}
-STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "onpolicy", "font.size": 9.5,
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "onpolicy", "font.size": 10.5,
          "axes.spines.top": False, "axes.spines.right": False, "text.usetex": False,
-         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": LINE, "xtick.color": LINE, "ytick.color": LINE,
+         "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": LINE,
+         "xtick.color": LINE, "ytick.color": LINE,
          "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": LINE,
          "grid.linewidth": 0.5, "grid.alpha": 0.6, "axes.grid": True, "axes.axisbelow": True,
          "axes.unicode_minus": True}  # fmt: skip
@@ -76,7 +77,7 @@ def _reward(history: dict[str, Any], initial: float | None, window: int) -> Plot
         axes.plot(x, y, color=FIRST, marker="o" if len(x) <= 60 else "", markersize=3)
         axes.set(xlabel="step", ylabel="reward")
 
-    legend = (("reward_eval (fresh rollouts)", "first"), ("reward_mean (training)", "second"))
+    legend = (("reward_eval", "first"), ("reward_mean (training)", "second"))
     note = "" if np.isfinite(history["reward_eval"]).any() else "No evaluation in this run yet."
     return Plot("Reward", _svg("reward", paint), legend, note)
 

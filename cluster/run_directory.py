@@ -1,5 +1,7 @@
 """The run directory: `runs/NAME/`, made only once a run can start, and what is in it."""
 
+import fcntl
+import itertools
 import json
 import os
 import platform
@@ -8,7 +10,7 @@ import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from configs.errors import ConfigError
 from configs.load import to_yaml
@@ -28,9 +30,27 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.offline_data = path / "offline.parquet"
 
+        self._lock: TextIO | None = None
+
     @property
     def name(self) -> str:
         return self.path.name
+
+    def lock(self) -> None:
+        """Hold the directory until this process ends."""
+        self._lock = (self.path / "run.lock").open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def running(self) -> bool:
+        """Whether a process holds the directory."""
+        if not (self.path / "run.lock").exists():
+            return False
+        with (self.path / "run.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Whole or not at all."""
@@ -39,34 +59,55 @@ class RunDirectory:
         os.replace(beside, self.summary)
 
 
-def plan(config: Config, preset: str) -> Path:
-    """Where the run will write. An explicit name that is finished is refused; without a name it is
-    the preset's with the next free number."""
+def claim(config: Config, preset: str) -> RunDirectory:
+    """Make the run's directory, with config.yaml and environment.json.
+
+    Without a name it is the preset's with the next free number. With one, what an unfinished run
+    left there goes; ConfigError where the name is finished, still running, or no run's.
+    """
     root = Path(config.run.dir)
+    root.mkdir(parents=True, exist_ok=True)
     if config.run.name:
         path = root / config.run.name
-        if (path / "summary.json").exists():
-            raise ConfigError(
-                "run.name", config.run.name, f"is finished ({path})", "take another, or none"
-            )
-        return path
-    pattern = re.compile(re.escape(preset) + r"-(\d+)$")
-    taken = [int(m[1]) for p in root.glob(f"{preset}-*") if (m := pattern.match(p.name))]
-    return root / f"{preset}-{max(taken, default=0) + 1}"
-
-
-def create(path: Path, config: Config) -> RunDirectory:
-    """Make the directory, with config.yaml and environment.json. What an unfinished run of this
-    name left there goes."""
-    if path.exists():
-        shutil.rmtree(path)
-    path.mkdir(parents=True)
+        _clear(path, config.run.name)
+        path.mkdir()
+    else:
+        path = _next_free(root, preset)
     run = RunDirectory(path)
+    run.lock()
     run.checkpoints.mkdir()
     (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     environment = json.dumps(describe_environment(), indent=2)
     (path / "environment.json").write_text(environment + "\n", encoding="utf-8")
     return run
+
+
+def _clear(path: Path, name: str) -> None:
+    """Remove what an unfinished run left; refuse to touch anything else."""
+    if not path.exists():
+        return
+    if (path / "summary.json").exists():
+        problem = f"is finished ({path})"
+    elif any(path.iterdir()) and not (path / "config.yaml").exists():
+        problem = f"is a folder that no run made ({path})"
+    elif RunDirectory(path).running():
+        problem = f"is still running ({path})"
+    else:
+        shutil.rmtree(path)
+        return
+    raise ConfigError("run.name", name, problem, "take another, or none")
+
+
+def _next_free(root: Path, preset: str) -> Path:
+    pattern = re.compile(re.escape(preset) + r"-(\d+)$")
+    taken = [int(m[1]) for p in root.glob(f"{preset}-*") if (m := pattern.match(p.name))]
+    for number in itertools.count(max(taken, default=0) + 1):
+        try:
+            (path := root / f"{preset}-{number}").mkdir()
+            return path
+        except FileExistsError:
+            continue
+    raise AssertionError
 
 
 def describe_environment() -> dict[str, Any]:

@@ -1,24 +1,26 @@
 """What a run comes to: the running tally, and summary.json made of it."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from configs.schema import Config
-from learner import measures
-from learner.learner import StepRecord
+from learner import cells
+from learner.cells import StepRecord
 
 
 class Tally:
     """Sums over a run, and the clock of its training part."""
 
     def __init__(self) -> None:
-        self.cells: measures.Cells = {}
+        self.cells: cells.Cells = {}
         self.steps = self.skipped = self.batches = 0
         self.tokens = self.rollouts = 0
+        self.mismatches = 0  # steps with engine_mismatch_kl over its limit
         self.reward_sum, self.reward_count = 0.0, 0
-        self.wait = self.all = 0.0
-        self.last_cells: measures.Cells = {}
+        self.parts: Counter[str] = Counter()  # seconds of rank 0, by part of an update
+        self.last_cells: cells.Cells = {}
         self.evaluations: list[tuple[int, dict[str, Any]]] = []
         self.actors: dict[int, dict[str, float]] = {}
         self._began = self._ended = time.monotonic()
@@ -45,15 +47,15 @@ class Tally:
         self.batches += 1
         self.steps = first.version.step
         self.skipped += not first.stepped
-        self.last_cells = measures.add(record.cells for record in ranks)
-        self.cells = measures.add([self.cells, self.last_cells])
+        if first.stepped:  # what a skipped batch measured is not finite
+            self.last_cells = cells.add(record.cells for record in ranks)
+            self.cells = cells.add([self.cells, self.last_cells])
         self.tokens += first.index["tokens"]
         self.rollouts += first.index["rollouts"]
         if first.index["reward_mean"] is not None:
             self.reward_sum += first.index["reward_mean"] * first.index["rollouts"]
             self.reward_count += first.index["rollouts"]
-        self.wait += first.seconds["wait"]
-        self.all += first.seconds["all"]
+        self.parts.update(first.seconds)
 
     def evaluated(self, step: int, result: dict[str, Any]) -> None:
         """Take an evaluation's result."""
@@ -65,8 +67,8 @@ def summarise(
     queue: dict[str, Any], wall_seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     """summary.json: KL to the generator is the run's mean, KL to π_ref the last batch's."""
-    whole = measures.finish(measures.total(tally.cells))
-    last = measures.finish(measures.total(tally.last_cells))
+    whole = cells.finish(cells.total(tally.cells))
+    last = cells.finish(cells.total(tally.last_cells))
     rewards = [result.get("reward_eval") for _, result in tally.evaluations]
     ledger = queue.get("ledger")
     issued = ledger["issued"] if ledger else 0
@@ -85,6 +87,8 @@ def summarise(
         "reward_initial": rewards[0] if rewards else None,
         "reward_mean": tally.reward_sum / tally.reward_count if tally.reward_count else None,
         "kl_to_generator": whole.get("kl_to_generator"),
+        "engine_mismatch_kl": cells.engine_mismatch(tally.cells),
+        "engine_mismatch_alarms": tally.mismatches,
         "kl_from_generator": whole.get("kl_from_generator"),
         "kl_to_reference": last.get("kl_to_reference"),
         "ess": whole.get("ess"),
@@ -99,8 +103,11 @@ def summarise(
         },
         "idle": {
             "actors": queue.get("actor_idle_fraction"),
-            "learner": tally.wait / tally.all if tally.all else None,
+            "learner": tally.parts["wait"] / tally.parts["all"] if tally.batches else None,
+        },
+        "seconds_per_update": {
+            part: tally.parts[part] / max(1, tally.batches) for part in ("wait", "step", "publish")
         },
         "actor_seconds": tally.actors,
-        "cells": measures.table(tally.cells),
+        "cells": cells.table(tally.cells),
     }

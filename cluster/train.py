@@ -9,30 +9,22 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.rollout import Version
-from cluster import connection, inputs, report, run_directory, summary
-from cluster.evaluate import Evaluator
-from cluster.fleet import Fleet
+from cluster import connection, inputs, run_directory, summary
 from cluster.metrics import MetricsFile, merge
+from cluster.parts import Parts
 from cluster.progress import Progress
 from cluster.run_directory import RunDirectory
-from configs.objectives import TABLE
-from configs.schema import Config, DataSource
-from learner.learner import StepRecord
-from learner.replay import service as queue_service
-from learner.replay.staleness import plan as make_plan
-from learner.worker import LearnerWorker
-from reward_server.service import RewardService, deploy
+from configs.schema import Config
+from learner.cells import StepRecord
 
 CHUNK_SECONDS = 0.5  # of training per call to the learner ranks
 FIRST_CHUNK = 4
 POLL_SECONDS = 0.5
-EXIT_SECONDS = 10.0
 
 
 def train(config: Config, preset: str) -> dict[str, Any]:
@@ -43,11 +35,11 @@ def train(config: Config, preset: str) -> dict[str, Any]:
     """
     started = time.monotonic()
     inputs.check(config)
-    path = run_directory.plan(config, preset)
-    with Progress(path.name, config.learner.updates, describe(config)) as progress:
+    directory = run_directory.claim(config, preset)
+    with Progress(directory.name, config.learner.updates, describe(config)) as progress:
         progress.message("starting Ray")
         with connection.connected(config.cluster) as own:
-            run = Run(config, preset, run_directory.create(path, config), progress, started, own)
+            run = Run(config, preset, directory, progress, started, own)
             return run.complete()
 
 
@@ -69,17 +61,13 @@ class Run:
         started: float, own_cluster: bool,
     ) -> None:  # fmt: skip
         self.config, self.preset, self.directory = config, preset, directory
-        self.progress, self.started, self.own_cluster = progress, started, own_cluster
+        self.progress, self.started = progress, started
+        self.parts = Parts(config, directory, progress.message, own_cluster)
         self.metrics = MetricsFile(directory.metrics)
         self.tally = summary.Tally()
         self.evaluations: dict[Any, tuple[int, int]] = {}  # call → step, number
         self.evaluated = 0
         self.stop_asked = False
-        self.queue: Any = None
-        self.fleet: Fleet | None = None
-        self.rewards: RewardService | None = None
-        self.learners: list[Any] = []
-        self.evaluator: Any = None
 
     def complete(self) -> dict[str, Any]:
         """Start, train and finish; whatever happens, the summary is written and nothing is left."""
@@ -106,7 +94,7 @@ class Run:
             if self.stop_asked:
                 raise KeyboardInterrupt
             self.stop_asked = True
-            if self.fleet is None or not self.fleet.running:
+            if not self.parts.serving:
                 raise KeyboardInterrupt
             self.progress.message(f"{signal.Signals(number).name}: stopping")
 
@@ -118,59 +106,34 @@ class Run:
                 signal.signal(which, handler)
 
     def _start(self) -> None:
-        config, limits = self.config, self.config.limits
-        offline = config.data.source is DataSource.offline
-        offline_path = (config.data.path or str(self.directory.offline_data)) if offline else ""
-        self.progress.message("starting learner, rollout actors, evaluator and reward service")
-        resources = {
-            "num_cpus": config.cluster.learner_cpus,
-            "num_gpus": config.cluster.learner_gpus,
-        }
-        learner = ray.remote(LearnerWorker).options(**resources)
-        self.learners = [learner.remote(config, rank) for rank in range(config.learner.ranks)]
-        self.queue = queue_service.start(
-            make_plan(config), config.learner.ranks, TABLE[config.objective.name].min_valid,
-            limits.failure_rate, limits.failure_window, limits.wait_seconds,
-        )  # fmt: skip
-        master = ray.get(self.learners[0].address.remote(), timeout=limits.startup_seconds)
-        starts = [worker.start.remote(master, self.queue) for worker in self.learners]
-        self.fleet = Fleet(config, offline_path)
-        self.evaluator = ray.remote(Evaluator).options(num_cpus=0).remote(config)
-        self.rewards = deploy(config.reward, timeout_s=limits.startup_seconds,
-                              threads=config.cluster.threads)  # fmt: skip
-        if self.rewards.notice:
-            self.progress.message(self.rewards.notice)
-        initial = ray.get(starts, timeout=limits.startup_seconds)[0][0]
-        ready = self.evaluator.start.remote(self.rewards.client, initial)
-        ray.get(ready, timeout=limits.startup_seconds)
-        if offline and not config.data.path:
-            self.progress.message(f"sampling {config.data.prompts} groups from π_ref")
-            made = self.evaluator.sample_dataset.remote(initial, offline_path)
-            ray.get(made, timeout=limits.startup_seconds)
+        initial = self.parts.start()
         self._evaluate(0, [initial])
-        self.fleet.serve(self.queue, self.rewards.client)
+        self.parts.serve()
         self.progress.message(f"ready after {time.monotonic() - self.started:.1f} s")
         self.tally.begin()
 
     def _train(self) -> None:
-        assert self.fleet is not None
-        asked, rate = 0, 0.0
+        asked, rate, asked_at = 0, 0.0, 0.0
         samples = self.directory.samples.open("w", encoding="utf-8")
         pending: list[Any] = []
         with samples:
             while pending or (asked < self.config.learner.updates and not self.stop_asked):
                 if not pending:
                     asked, pending = self._ask(asked, rate)
+                    asked_at = time.monotonic()
                 done, _ = ray.wait(pending, num_returns=len(pending), timeout=POLL_SECONDS)
                 self._watch()
+                if self.stop_asked:
+                    self.parts.close_queue()
                 if len(done) < len(pending):
-                    self._raise_first_failure(done)
+                    self._raise_failures(done, len(pending) - len(done), asked_at)
                     continue
                 ranks = ray.get(pending)
                 if len(ranks[0]) < self._chunk:
                     self.stop_asked = True
                 rate = self.tally.rate()
                 asked, pending = self._ask(asked, rate)
+                asked_at = time.monotonic()
                 for records in zip(*ranks):
                     self._record(records, samples)
         self._collect_evaluations(self.config.limits.wait_seconds)
@@ -181,17 +144,21 @@ class Run:
         if left <= 0 or self.stop_asked:
             return asked, []
         self._chunk = min(left, max(FIRST_CHUNK, int(rate * CHUNK_SECONDS)))
-        return asked + self._chunk, [w.train.remote(self._chunk) for w in self.learners]
+        return asked + self._chunk, self.parts.train(self._chunk)
 
-    @staticmethod
-    def _raise_first_failure(done: list[Any]) -> None:
-        """One rank's failure ends the wait for the others."""
+    def _raise_failures(self, done: list[Any], missing: int, asked_at: float) -> None:
+        """One rank's failure ends the wait for the others, and so does too long a silence."""
         for call in done:
             ray.get(call)
+        allowed = self._chunk * self.config.limits.step_seconds
+        if time.monotonic() - asked_at > allowed:
+            raise TimeoutError(
+                f"{missing} learner rank(s) not back with {self._chunk} batches in {allowed:.0f} s"
+            )
 
     def _watch(self) -> None:
-        assert self.fleet is not None
-        for line in self.fleet.watch():
+        assert self.parts.fleet is not None
+        for line in self.parts.fleet.watch():
             self.progress.message(line)
         self._collect_evaluations(0.0)
 
@@ -203,6 +170,7 @@ class Run:
         samples.flush()
         if first.stepped:
             line = merge(ranks) | {"skipped_total": self.tally.skipped}
+            self._check_mismatch(line)
             self.metrics.add(line, evaluated=first.weights is not None)
             self.progress.update(line)
         else:
@@ -210,8 +178,21 @@ class Run:
         if first.weights is not None:
             self._evaluate(first.version.step, first.weights)
 
+    def _check_mismatch(self, line: dict[str, Any]) -> None:
+        """Law 3: say loudly, once, that weights did not arrive; count the steps that show it."""
+        limit, kl = self.config.limits.engine_mismatch_kl, line.get("engine_mismatch_kl")
+        if limit is not None and kl is not None and kl > limit:
+            self.tally.mismatches += 1
+            if self.tally.mismatches == 1:
+                self.progress.message(
+                    f"WEIGHTS DID NOT ARRIVE: engine_mismatch_kl {kl:.2g} nats/token at step "
+                    f"{line['step']}, over limits.engine_mismatch_kl={limit:g}: rollouts were not "
+                    "made by the weights whose version they carry"
+                )
+        line["engine_mismatch_alarms_total"] = self.tally.mismatches
+
     def _evaluate(self, step: int, weights: list[Any]) -> None:
-        call = self.evaluator.evaluate.remote(Version(0, step), weights[0], self.evaluated)
+        call = self.parts.evaluate(Version(0, step), weights[0], self.evaluated)
         self.evaluations[call] = (step, self.evaluated)
         self.evaluated += 1
 
@@ -232,40 +213,27 @@ class Run:
     def _finish(self, status: str, failure: str | None) -> dict[str, Any]:
         """Write what there is, end every process of the run."""
         self.tally.end()
-        queue_report = self._ask_quietly(lambda: self.queue.report.remote()) or {}
-        if self.queue is not None and self.fleet is not None:
-            self._ask_quietly(lambda: self.queue.close.remote())
-            self.tally.actors = self.fleet.finish(EXIT_SECONDS)
+        queue, self.tally.actors = self.parts.end_serving()
         if status != "failed" and self.tally.steps:
-            target = self.directory.checkpoints / f"step-{self.tally.steps}" / "hf"
-            for call in [w.export.remote(str(target.resolve())) for w in self.learners]:
-                self._ask_quietly(lambda call=call: call)
+            self.parts.export(self.tally.steps)
         self.metrics.close()
         out = summary.summarise(
-            self.config, self.preset, self.directory.name, status, failure, self.tally,
-            queue_report, time.monotonic() - self.started,
+            self.config, self.preset, self.directory.name, status, failure, self.tally, queue,
+            time.monotonic() - self.started,
         )  # fmt: skip
         self.directory.write_summary(out)
-        if self.rewards is not None:
-            self.rewards.shutdown(cluster_too=self.own_cluster)
-        if not self.own_cluster:
-            self._kill_actors()
-        report.write(Path(self.directory.path))
+        self.parts.end()
+        self._report()
         self.progress.close()
         return out
 
-    def _ask_quietly(self, call: Any) -> Any:
-        """An answer from a part that may be gone; None then."""
-        try:
-            return ray.get(call(), timeout=EXIT_SECONDS)
-        except (ray.exceptions.RayError, TimeoutError, AttributeError):
-            return None
+    def _report(self) -> None:
+        from cluster import report  # matplotlib, which start-up need not wait for
 
-    def _kill_actors(self) -> None:
-        workers = [*self.learners, *(self.fleet.workers.values() if self.fleet else ())]
-        for actor in [*workers, self.queue, self.evaluator]:
-            if actor is not None:
-                ray.kill(actor)
+        try:
+            report.write(self.directory.path)
+        except Exception as error:  # a page that cannot be drawn does not undo a run
+            self.progress.message(f"report.html was not written: {plain(error)}")
 
 
 def plain(error: BaseException) -> str:

@@ -49,7 +49,8 @@ _GROUPS: dict[Bound, str] = {
         policy.bandit.width policy.bandit.draws rollout.actors rollout.responses_per_prompt
         rollout.max_tokens rollout.lease reward.replicas reward.batch reward.max_request_bytes
         replay.samples_per_round replay.inner_epochs data.prompts learner.minibatch
-        learner.updates learner.ranks rollout.vllm.max_sequences eval.samples limits.failure_window cluster.threads""",
+        learner.updates learner.ranks rollout.vllm.max_sequences eval.samples
+        rollout.concurrent_leases limits.failure_window cluster.threads""",
     _ZERO_UP: """run.samples_per_round policy.bandit.seed prompts.count prompts.max_tokens
         replay.max_age replay.lag learner.micro_batch learner.warmup learner.weight_decay
         learner.max_grad_norm eval.every limits.actor_restarts cluster.actor_cpus
@@ -64,7 +65,9 @@ _GROUPS: dict[Bound, str] = {
     _over_zero(0.1): "objective.beta",
     _over_zero(1e-3): "learner.lr",
     _over_zero(120.0): "limits.wait_seconds",
+    _over_zero(1e-5): "limits.engine_mismatch_kl",
     _over_zero(300.0): "limits.startup_seconds",
+    _over_zero(600.0): "limits.step_seconds",
     Bound(0, 1, open_low=True, open_high=True, inside=0.2): "objective.epsilon",
     Bound(0, 1, open_low=True, inside=0.5): "limits.failure_rate",
     Bound(high=0): "objective.floor",

@@ -21,10 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.bounds import any_of
 from configs.errors import ConfigError, one_line
-from configs.schema import Config, DataSource, Schedule
+from configs.schema import Config, DataSource, Precision, Schedule
 from configs.validate import check
 
 PRESETS = Path(__file__).parent
+MISMATCH = {Precision.float32: 1e-5, Precision.bfloat16: 1e-2}  # nats per token
 OTHER_NAMES = {  # what people type → our setting; Algorithm 1's letters among them
     "B": "replay.samples_per_round",
     "C": "rollout.responses_per_prompt",
@@ -80,6 +81,7 @@ def resolve(config: Config) -> Config:
     lag + 2S − 1 pipelined (law 6); offline rollouts have no age and keep None.
     `learner.micro_batch`: a rank's share of M, rounded up to whole groups.
     `rollout.lease`: at most B/C.
+    `limits.engine_mismatch_kl` (nats per token): what the dtype's rounding explains.
     """
     config = copy.deepcopy(config)
     c, ranks = config.rollout.responses_per_prompt, config.learner.ranks
@@ -88,6 +90,8 @@ def resolve(config: Config) -> Config:
         config.replay.max_age = config.replay.lag + rounds * config.steps_per_round - 1
     if config.learner.micro_batch == 0:
         config.learner.micro_batch = c * -(-config.learner.minibatch // (c * ranks))
+    if config.limits.engine_mismatch_kl is None:
+        config.limits.engine_mismatch_kl = MISMATCH[config.learner.precision]
     config.rollout.lease = min(config.rollout.lease, config.groups_per_round)
     return config
 

@@ -135,6 +135,7 @@ class RolloutConfig:
     max_tokens: int = 10
     lease: int = 10  # prompts per lease, at most B/C; its size never depends on `actors`
     update: UpdateKind = UpdateKind.between_requests
+    concurrent_leases: int = 2  # that an actor serves at once with update=in_flight
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
@@ -219,9 +220,11 @@ class LimitsConfig:
 
     wait_seconds: float = 120.0
     startup_seconds: float = 300.0
+    step_seconds: float = 600.0  # for one batch, before the run stops and says so
     failure_rate: float = 0.5  # of the last `failure_window` rollouts; above it the run stops
     failure_window: int = 200
     actor_restarts: int = 3
+    engine_mismatch_kl: float | None = None  # nats/token, above it the run warns; None: by dtype
 
 
 @dataclass

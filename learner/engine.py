@@ -1,7 +1,6 @@
 """The DeepSpeed engine of one rank: accumulate micro-batches, step or skip, read out weights."""
 
 import os
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -111,10 +110,10 @@ class DeepSpeedEngine:
         parameters are gathered one by one."""
         if self.config.zero_stage < 3:
             return policy.flatten(self.engine.module)
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
         pieces = []
         for parameter in policy.parameters(self.engine.module):
-            with GatheredParameters([parameter]) if self.config.zero_stage == 3 else nullcontext():
+            with deepspeed.zero.GatheredParameters([parameter]):
                 pieces.append(parameter.detach().reshape(-1).float().cpu().numpy().copy())
         return np.concatenate(pieces)

@@ -5,7 +5,6 @@ the tests and the benchmarks' bare loops.
 """
 
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from actors.rollout import Rollouts, Version
 from configs.schema import Config, DataSource, Schedule
 from learner import measures
 from learner.batch import Padded, conditionals, pad, token_logps, unpad
+from learner.cells import Cells, StepRecord, add
 from learner.conditionals import Conditionals, affordable
 from learner.engine import DeepSpeedEngine, learning_rate
 from learner.objectives import load
@@ -25,24 +25,6 @@ from learner.signals import Signals, signals
 from learner.stages.bandit import initial_policy
 
 REFERENCE = "reference_logp_K"
-
-
-@dataclass
-class StepRecord:
-    """What one rank knows of one batch. Sums, so that ranks add up (`cluster.metrics` does)."""
-
-    batch: int
-    round: int
-    version: Version  # of the weights after it
-    stepped: bool
-    loss: float  # this rank's share of the mean
-    cells: measures.Cells
-    index: dict[str, Any]  # of the whole minibatch: age, reuse, reward, length; the same on all
-    rate: float
-    seconds: dict[str, float] = field(default_factory=dict)
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    weights: Any = None  # the new version's weights, where evaluation wants them
-    queue: dict[str, Any] = field(default_factory=dict)
 
 
 class Learner:
@@ -114,7 +96,7 @@ class Learner:
 
     def _accumulate(
         self, batch: Batch, notes: Signals, count: int
-    ) -> tuple[float, measures.Cells, dict[str, np.ndarray]]:
+    ) -> tuple[float, Cells, dict[str, np.ndarray]]:
         """Backward over the rank's slice in equally many micro-batches on every rank."""
         rows = -(-self.config.groups_per_step // self.config.learner.ranks)
         rows *= self.config.rollout.responses_per_prompt
@@ -144,12 +126,12 @@ class Learner:
             wide = torch.cat(references) if references else None
             if wide is not None:
                 derived[REFERENCE] = unpad(wide, batch.block.length_N)
-        return loss, measures.add(tables), derived
+        return loss, add(tables), derived
 
     def _micro_batch(
         self, part: Padded, notes: Signals, count: int, last: bool, age_N: np.ndarray,
         reuse_N: np.ndarray,
-    ) -> tuple[float, measures.Cells, Tensor]:  # fmt: skip
+    ) -> tuple[float, Cells, Tensor]:  # fmt: skip
         now_NLV = conditionals(self.engine.engine, part)
         logp_NL = token_logps(now_NLV, part)
         logp_NL.retain_grad()

@@ -1,25 +1,16 @@
 """How on-policy a step was: KL, ESS, clip fraction and gradient weight, per (age, reuse) cell.
 
-Everything is kept as sums, so that micro-batches, ranks and steps add up; `finish` turns sums into
-the numbers that are reported. A number whose inputs are missing is absent, never 0.
+Everything is kept as sums (`learner.cells`), so that micro-batches, ranks and steps add up. A
+number whose inputs are missing is absent, never 0.
 """
-
-from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from learner import divergence
+from learner.cells import Cells
 from learner.objectives.base import LossInputs
-
-Cell = tuple[int, int]  # age and reuse; age −1 where offline
-Sums = dict[str, float]
-Cells = dict[Cell, Sums]
-
-PER_TOKEN = ("kl_to_generator", "kl_from_generator", "kl_to_reference")
-PER_ROLLOUT = ("kl_to_generator_sequence", "kl_from_generator_sequence")
 
 
 @torch.no_grad()
@@ -47,6 +38,8 @@ def measure(
     columns.update({name: value_NL.double().sum(-1) for name, value_NL in tokens.items()})
     if inputs.generator_logp_NL is not None:
         log_ratio_NL = torch.where(mask_NL, inputs.logp_NL - inputs.generator_logp_NL, 0.0)
+        sampled_NL = divergence.kl_from_generator(inputs.logp_NL, inputs.generator_logp_NL, mask_NL)
+        columns["sampled_kl_from_generator"] = sampled_NL.sum(-1)
         columns.update(_of_ratio(inputs, log_ratio_NL, tokens, clip))
     return _by_cell(columns, age_N, reuse_N, valid_N.cpu().numpy())
 
@@ -110,52 +103,3 @@ def _by_cell(
         (int(age), int(reuse)): dict(zip(names, sums[:, cell].tolist()))
         for cell, (age, reuse) in enumerate(pairs.T)
     }
-
-
-def add(tables: Iterable[Cells]) -> Cells:
-    """The sums of several micro-batches, ranks or steps together."""
-    total: Cells = {}
-    for table in tables:
-        for cell, sums in table.items():
-            into = total.setdefault(cell, {})
-            for name, value in sums.items():
-                into[name] = into.get(name, 0.0) + value
-    return total
-
-
-def finish(sums: Sums) -> dict[str, float]:
-    """The measures of a cell, or of cells added up; a NaN or absent input leaves its measure out.
-
-    KL per token in nats, and per sequence with the suffix `_sequence`; ESS as a fraction of n.
-    """
-    out = {name: _ratio(sums, name, "tokens") for name in PER_TOKEN}
-    out |= {name: _ratio(sums, name, "rollouts") for name in PER_ROLLOUT}
-    out["clip_fraction"] = _ratio(sums, "clipped", "clippable")
-    if sums.get("rollouts") and sums.get("ratio_squared"):
-        out["ess"] = sums["ratio"] ** 2 / (sums["rollouts"] * sums["ratio_squared"])
-    return {name: value for name, value in out.items() if value is not None and np.isfinite(value)}
-
-
-def total(cells: Cells) -> Sums:
-    """All cells added up."""
-    merged = add({(0, 0): sums} for sums in cells.values())
-    return merged.get((0, 0), {})
-
-
-def table(cells: Cells) -> list[dict[str, Any]]:
-    """The age × reuse table: a row a cell, with its share of the gradient weight."""
-    whole = sum(sums.get("gradient_weight", 0.0) for sums in cells.values())
-    return [
-        {
-            "age": None if age < 0 else age,
-            "reuse": reuse,
-            "rollouts": int(sums["rollouts"]),
-            "gradient_share": sums["gradient_weight"] / whole if whole > 0 else None,
-            **finish(sums),
-        }
-        for (age, reuse), sums in sorted(cells.items())
-    ]
-
-
-def _ratio(sums: Sums, name: str, per: str) -> float | None:
-    return sums[name] / sums[per] if name in sums and sums.get(per) else None

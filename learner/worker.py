@@ -8,8 +8,9 @@ import ray
 
 from actors import policy
 from configs.schema import Config
+from learner.cells import StepRecord
 from learner.engine import join
-from learner.learner import Learner, StepRecord
+from learner.learner import Learner
 from learner.replay.service import LearnerQueue
 
 

@@ -4,6 +4,7 @@ Actors and learner take turns over the real queue; nothing is mocked but the ser
 """
 
 import itertools
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +54,12 @@ def settings(preset: str, *overrides: str) -> Config:
     return prepare(preset, list(overrides))
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def new_queue(config: Config) -> ReplayQueue:
     return ReplayQueue(
         plan(config), config.learner.ranks, TABLE[config.objective.name].min_valid,
@@ -63,8 +70,8 @@ def new_queue(config: Config) -> ReplayQueue:
 class Local:
     """Actors, queue and learner of a configuration, stepped by hand."""
 
-    def __init__(self, config: Config, actors: int = 1, port: int = 29511) -> None:
-        join(0, 1, ("127.0.0.1", port), 1)
+    def __init__(self, config: Config, actors: int = 1) -> None:
+        join(0, 1, ("127.0.0.1", free_port()), 1)
         self.config = config
         self.queue = new_queue(config)
         self.learner = Learner(config, 0)

@@ -5,7 +5,9 @@ retired. A round takes the first B/C groups of the line, in issue order or as th
 group that fails leaves no hole: the next one moves up, and one more prompt is issued.
 
 A step is a transaction (law 2): `get` freezes a batch's composition and tags at its first call,
-every rank reports with `commit`, and the last report makes the batch count. Nothing in this file
+every rank reports with `commit`, and the last report makes the batch count. One batch may be
+fetched ahead of the one in hand, tagged as if that one steps; if it skips, the other is thawed and
+frozen anew. Nothing in this file
 waits or knows of Ray; `learner.replay.service` does.
 """
 
@@ -41,9 +43,10 @@ class TooManyFailures(QueueError):
 
 @dataclass
 class _Open:
-    """The frozen batch, and the ranks' reports on it."""
+    """A frozen batch, and the ranks' reports on it."""
 
     number: int
+    step: int
     round: int
     ids: list[GroupId]
     index: Index
@@ -70,13 +73,12 @@ class ReplayQueue:
         self.leases: dict[int, tuple[Lease, int, float]] = {}  # lease, actor, since
         self._next_lease = 0
         self._orphans: deque[Lease] = deque()
-        self._round: tuple[int, list[GroupId]] = (-1, [])
-        self._round_rewards = np.zeros(0, dtype=np.float32)
+        self._rounds: dict[int, tuple[list[GroupId], np.ndarray]] = {}  # groups, valid rewards
         self._rounds_formed = 0
-        self._held: dict[GroupId, Held] = {}  # in the round being consumed
+        self._held: dict[GroupId, Held] = {}  # in a round being consumed
         self._weights: dict[int, Any] = {}
         self._row_reuse: Counter[tuple[int, int]] = Counter()  # offline: (row, member) → reuse
-        self._open: _Open | None = None
+        self._open: dict[int, _Open] = {}  # by number: the batch in hand, and one ahead of it
         self._outcomes: deque[bool] = deque(maxlen=failure_window)
         self.last_failure = ""
 
@@ -98,6 +100,13 @@ class ReplayQueue:
         self._next_lease += 1
         self.leases[lease.id] = (lease, actor, time.monotonic())
         return lease
+
+    def newer(self, than: Version) -> Lease | None:
+        """The version that actors may have now, as a lease of no prompts, if newer than theirs."""
+        version, weights = self._version_for_actors()
+        if version is None or weights is None or version <= than:
+            return None
+        return Lease(-1, (), version, weights)
 
     def _version_for_actors(self) -> tuple[Version | None, Any]:
         if self.plan.offline:
@@ -185,44 +194,57 @@ class ReplayQueue:
         """The rank's slice of a batch, the same at every call; None while rollouts are missing."""
         if lineage != self.version.lineage:
             raise QueueError(f"lineage {lineage} is over; the queue is at {self.version}")
-        if self._open is None or self._open.number != number:
-            if number < self.committed or number >= self.plan.batches:
+        if number not in self._open:
+            if not self.committed <= number < self.plan.batches:
                 raise QueueError(f"batch {number} is not open: {self.committed} are committed")
-            if number > self.committed or not self._freeze(number):
+            if not self._freeze(number):
                 return None
-        assert self._open is not None
-        ids = self._open.ids
+        batch = self._open[number]
         each = -(-self.plan.groups_per_batch // self.ranks)
-        mine = ids[rank * each : (rank + 1) * each]
+        mine = batch.ids[rank * each : (rank + 1) * each]
         parts = [self._held[group].columns() for group in mine]
         return Batch(
             lineage=lineage,
             number=number,
-            step=self.version.step,
-            round=self._open.round,
+            step=batch.step,
+            round=batch.round,
             first=rank * each * self.plan.members,
             block=concatenate(parts) if parts else None,
-            index=self._open.index,
-            round_rewards=self._round_rewards,
-            measures=self._open.measures,
+            index=batch.index,
+            round_rewards=self._rounds[batch.round][1],
+            measures=batch.measures,
+            last=number + 1 == self.plan.batches,
         )
 
     def _freeze(self, number: int) -> bool:
-        """Fix what the batch holds and how it is tagged; False while its round is incomplete."""
-        round_, places = self.plan.consumed_by(number)
-        if self._round[0] != round_ and not self._form(round_):
+        """Fix what the batch holds and how it is tagged; False while it is too early for that."""
+        ahead = number - self.committed
+        in_hand = self._open.get(self.committed)
+        if ahead > 1 or (ahead == 1 and in_hand is None):
             return False
-        ids = [self._round[1][place] for place in places]
-        ids = [group for group in ids if not self._expired(group)]
+        round_, places = self.plan.consumed_by(number)
+        if round_ not in self._rounds and not self._form(round_):
+            return False
+        ids = [self._rounds[round_][0][place] for place in places]
+        before = set(in_hand.ids) if ahead and in_hand else set()
+        if any(self._held[group].reuse == 0 for group in before.intersection(ids)):
+            return False  # its first pass is under way, and will derive columns for this one
+        step = self.version.step + ahead
+        if ahead and any(self._old(group, step) for group in before.intersection(ids)):
+            return False  # to be retired, but not out of the batch in hand
+        ids = [group for group in ids if not self._expired(group, step)]
+        held = [self._held[group] for group in ids]
+        reuse = [self._reuse_C(h) + (g in before) + 1 for g, h in zip(ids, held)]
         now = time.monotonic()
-        fresh = [now - self._held[g].entered for g in ids if self._held[g].reuse == 0]
+        fresh = [now - h.entered for h in held if h.reuse == 0]
         measures = {
             "queue_seconds": float(np.mean(fresh)) if fresh else None,
             "queue_depth": self.ledger.queued,
             "rollouts_in_flight": self.ledger.in_flight,
             "retired_total": dict(self.ledger.retired),
         }
-        self._open = _Open(number, round_, ids, self._index(ids), measures)
+        tags = index(held, reuse, step, self.plan.offline)
+        self._open[number] = _Open(number, step, round_, ids, tags, measures)
         return True
 
     def _form(self, round_: int) -> bool:
@@ -235,14 +257,14 @@ class ReplayQueue:
             ids = [group for _, group in zip(range(wanted), self.line)]
         if len(ids) < wanted or any(self.line[group] is None for group in ids):
             return False
-        self._held = {}
+        rewards = []
         for group in ids:
             held = self.line.pop(group)
             assert held is not None
             self._held[group] = held
-        self._round, self._rounds_formed = (round_, ids), round_ + 1
-        parts = [held.rows("reward_N")[held.valid_C] for held in self._held.values()]
-        self._round_rewards = np.concatenate(parts)
+            rewards.append(held.rows("reward_N")[held.valid_C])
+        self._rounds[round_] = (ids, np.concatenate(rewards))
+        self._rounds_formed = round_ + 1
         return True
 
     def _expire_stragglers(self, round_: int) -> None:
@@ -255,21 +277,20 @@ class ReplayQueue:
                 self.ledger.retire_queued("expired", held.valid)
                 del self.line[group]
 
-    def _expired(self, group: GroupId) -> bool:
+    def _expired(self, group: GroupId, step: int) -> bool:
         """The guard at consumption: retire a group over `max_age`, and say so."""
-        held = self._held.get(group)
-        if held is None:
+        if group not in self._held:
             return True
-        if held.oldest == OFFLINE_STEP or self.version.step - held.oldest <= self.plan.max_age:
+        if not self._old(group, step):
             return False
-        self.ledger.retire_queued("expired", held.valid)
-        del self._held[group]
+        self.ledger.retire_queued("expired", self._held.pop(group).valid)
         return True
 
-    def _index(self, ids: list[GroupId]) -> Index:
-        held = [self._held[group] for group in ids]
-        reuse = [self._reuse_C(h) + 1 for h in held]
-        return index(held, reuse, self.version.step, self.plan.offline)
+    def _old(self, group: GroupId, step: int) -> bool:
+        held = self._held.get(group)
+        if held is None or held.oldest == OFFLINE_STEP:
+            return False
+        return step - held.oldest > self.plan.max_age
 
     def _reuse_C(self, held: Held) -> np.ndarray:
         """Committed consumptions of each member; offline they add up on the data set's row."""
@@ -288,16 +309,17 @@ class ReplayQueue:
         """
         if lineage != self.version.lineage:
             raise QueueError(f"lineage {lineage} is over; the queue is at {self.version}")
-        if self._open is None or self._open.number != number:
-            if number < self.committed:
-                return True  # said before; commits are idempotent
-            raise QueueError(f"batch {number} was never given out")
-        self._open.reports[rank] = (stepped, derived or {})
-        if len(self._open.reports) < self.ranks:
+        if number < self.committed:
+            return True  # said before; commits are idempotent
+        if number != self.committed or number not in self._open:
+            raise QueueError(f"batch {number} is not in hand; batch {self.committed} is next")
+        batch = self._open[number]
+        batch.reports[rank] = (stepped, derived or {})
+        if len(batch.reports) < self.ranks:
             return False
-        if len({report[0] for report in self._open.reports.values()}) > 1:
+        if len({report[0] for report in batch.reports.values()}) > 1:
             raise QueueError(f"ranks disagree on whether batch {number} stepped")
-        self._close(self._open, stepped)
+        self._close(batch, stepped)
         return True
 
     def _close(self, batch: _Open, stepped: bool) -> None:
@@ -315,10 +337,14 @@ class ReplayQueue:
             if held.reuse == self.plan.passes:
                 self.ledger.retire_queued("exhausted", held.valid)
                 del self._held[group]
-        self._open = None
+        del self._open[batch.number]
+        if batch.number == self.plan.last_batch(batch.round):
+            del self._rounds[batch.round]
         self.committed += 1
         if stepped:
             self.version = Version(self.version.lineage, self.version.step + 1)
+        else:
+            self._open.pop(self.committed, None)  # it was tagged as if this one had stepped
 
     def _write_back(self, batch: _Open) -> None:
         each = -(-self.plan.groups_per_batch // self.ranks)
@@ -333,8 +359,6 @@ class ReplayQueue:
 
     def missing(self, number: int) -> str:
         """What a batch waits for, in words."""
-        if number > self.committed:
-            return f"batch {number} waits for batch {self.committed} to be committed"
         now = time.monotonic()
         held = [
             f"positions {lease.groups[0].position}–{lease.groups[-1].position} with actor {actor}"

@@ -75,6 +75,7 @@ class Batch:
     index: Index
     round_rewards: np.ndarray  # of the round's valid rollouts, float32
     measures: dict[str, Any]  # queue_seconds, depth and ledger counts at the first call
+    last: bool  # of the run
 
 
 def index(held: Sequence[Held], reuse: Sequence[np.ndarray], step: int, offline: bool) -> Index:

@@ -33,16 +33,26 @@ class QueueService:
         self.wait_seconds = wait_seconds
         self.closed = False
         self._due: list[Any] | None = None  # rank 0's weights of a batch not yet committed by all
+        self._committed = 0.0  # time.monotonic() of the last commit
         self._waiters: set[asyncio.Event] = set()
-        self._actor_clock: dict[int, list[float]] = {}  # actor → [first call, seconds waited]
+        # (actor, slot) → [first call, seconds waited]
+        self._actor_clock: dict[tuple[int, int], list[float]] = {}
 
-    async def lease(self, actor: int) -> Lease | str:
-        """A lease; "wait" when none came up in POLL_SECONDS; "over" when the run is."""
+    async def lease(self, actor: int, slot: int = 0) -> Lease | str:
+        """A lease; "wait" when none came up in POLL_SECONDS; "over" when the run is.
+
+        slot: which of the leases that the actor serves at once this will be.
+        """
         started = time.monotonic()
-        clock = self._actor_clock.setdefault(actor, [started, 0.0])
+        clock = self._actor_clock.setdefault((actor, slot), [started, 0.0])
         lease = await self._until(lambda: self._over() or self.queue.lease(actor), POLL_SECONDS)
         clock[1] += time.monotonic() - started
         return lease or "wait"
+
+    async def newer(self, than: Version) -> Lease | str:
+        """Weights newer than these, see `ReplayQueue.newer`; "wait" and "over" as `lease` has."""
+        found = await self._until(lambda: self._over() or self.queue.newer(than), POLL_SECONDS)
+        return found or "wait"
 
     def _over(self) -> str | None:
         return "over" if self.closed or self.queue.finished else None
@@ -68,8 +78,10 @@ class QueueService:
             self.queue.check_failures()
             return self.closed or self.queue.get(lineage, number, rank)
 
-        batch = await self._until(ready, self.wait_seconds)
-        if batch is None:
+        while (batch := await self._until(ready, self.wait_seconds)) is None:
+            since_commit = time.monotonic() - self._committed
+            if number > self.queue.committed or since_commit < self.wait_seconds:
+                continue  # fetched ahead: it was the learner that took its time
             missing = self.queue.missing(number)
             raise TimeoutError(f"no batch for {self.wait_seconds:.0f} s: {missing}")
         if isinstance(batch, Batch):
@@ -82,6 +94,7 @@ class QueueService:
         derived: dict[str, np.ndarray], weights: list[Any] | None,
     ) -> None:  # fmt: skip
         """Report on a batch; with the last report, publish the version that it made."""
+        self._committed = time.monotonic()
         self._due = weights or self._due
         if self.queue.commit(lineage, number, rank, stepped, derived) and self._due is not None:
             self.queue.publish(self.queue.version, self._due)
@@ -148,15 +161,23 @@ def start(
 class ActorQueue:
     """`actors.actor.QueueClient` over the Ray actor."""
 
-    def __init__(self, handle: Any, wait_seconds: float) -> None:
+    def __init__(self, handle: Any, wait_seconds: float, slot: int = 0) -> None:
         self.handle = handle
         self.wait_seconds = wait_seconds
+        self.slot = slot
         self._put: list[Any] = []  # the last put, whose failure the next call raises
 
     def lease(self, actor: int) -> Lease | None:
         while True:
-            calls = [self.handle.lease.remote(actor), *self._put]
+            calls = [self.handle.lease.remote(actor, self.slot), *self._put]
             answer = ray.get(calls, timeout=self.wait_seconds)[0]
+            if answer != "wait":
+                return None if answer == "over" else answer
+
+    def newer(self, than: Version) -> Lease | None:
+        """The newest weights that actors may have, once newer than these; None at the end."""
+        while True:
+            answer = ray.get(self.handle.newer.remote(than), timeout=self.wait_seconds)
             if answer != "wait":
                 return None if answer == "over" else answer
 
@@ -175,11 +196,17 @@ class LearnerQueue:
         self.rank = rank
         self.wait_seconds = wait_seconds
         self._commit: list[Any] = []  # the last commit, whose failure the next call raises
+        self._ahead: dict[int, Any] = {}  # the batch after the one in hand, on its way
 
     def get(self, lineage: int, number: int) -> Batch | None:
         """Wait for the rank's slice; None when the run was closed."""
-        calls = [self.handle.get.remote(lineage, number, self.rank), *self._commit]
-        return ray.get(calls, timeout=self.wait_seconds + 10.0)[0]
+        call = self._ahead.pop(number, None)
+        if call is None:
+            call = self.handle.get.remote(lineage, number, self.rank)
+        batch = ray.get([call, *self._commit], timeout=self.wait_seconds + 10.0)[0]
+        if batch is not None and not batch.last:
+            self._ahead = {number + 1: self.handle.get.remote(lineage, number + 1, self.rank)}
+        return batch
 
     def commit(
         self, batch: Batch, stepped: bool, derived: dict[str, np.ndarray], weights: Any = None
@@ -190,6 +217,8 @@ class LearnerQueue:
             None if weights is None else [weights],
         )  # fmt: skip
         self._commit = [call]
+        if not stepped:
+            self._ahead = {}  # it was tagged as if this one had stepped
 
     def publish(self, version: Version, weights: Any) -> None:
         ray.get(self.handle.publish.remote(version, [weights]), timeout=self.wait_seconds)

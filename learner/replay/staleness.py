@@ -12,8 +12,6 @@ import numpy as np
 from actors.randomness import stream_key, uniforms
 from configs.schema import Config, DataSource, Order, Schedule
 
-ROUNDS_AHEAD_OFFLINE = 1  # offline rollouts have no age; this bounds what is held
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -64,8 +62,6 @@ class Plan:
             return False
         if self.lockstep:
             return committed >= round_ * self.batches_per_round
-        if self.offline:
-            return round_ <= committed // self.batches_per_round + ROUNDS_AHEAD_OFFLINE
         return self.last_age(round_, committed, step, version_step) <= self.max_age
 
     def consumed_by(self, batch: int) -> tuple[int, list[int]]:

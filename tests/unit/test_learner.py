@@ -8,7 +8,7 @@ from actors import policy
 from actors.randomness import stream_key, uniforms
 from actors.rollout import GroupId, Version
 from actors.torch_engine import TorchEngine, inverse_cdf
-from learner import measures
+from learner import cells
 from learner.batch import conditionals, pad, token_logps
 from learner.engine import learning_rate
 from learner.objectives import Objective
@@ -82,8 +82,10 @@ def test_the_engines_log_probabilities_are_the_learners_at_age_0():
     assert (logp_NL - batch.logp_NL).abs().max() < 1e-5
 
 
-def test_a_loss_that_is_not_finite_skips_its_step_uses_its_batch_and_makes_no_version():
-    local = Local(settings("bandit_reinforce", "learner.updates=6"))
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_loss_that_is_not_finite_skips_its_step_uses_its_batch_and_makes_no_version(zero_stage):
+    config = settings("bandit_reinforce", "learner.updates=6", f"learner.zero_stage={zero_stage}")
+    local = Local(config)
     real = local.learner.objective
     before = None
     stepped = []
@@ -101,6 +103,13 @@ def test_a_loss_that_is_not_finite_skips_its_step_uses_its_batch_and_makes_no_ve
     assert np.isfinite(local.learner.weights()).all()
 
 
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_zero_stages_change_no_loss(zero_stage):
+    whole = run(settings("bandit_ppo", "learner.updates=4"))
+    parts = run(settings("bandit_ppo", "learner.updates=4", f"learner.zero_stage={zero_stage}"))
+    assert np.allclose(whole[0], parts[0], atol=1e-5)
+
+
 def test_accumulating_micro_batches_changes_no_loss():
     whole = run(settings("bandit_ppo", "learner.updates=4"))
     parts = run(settings("bandit_ppo", "learner.updates=4", "learner.micro_batch=20"))
@@ -114,7 +123,7 @@ def test_kl_to_the_generator_is_zero_at_age_0_and_grows_with_age():
     for record in local.steps(20):
         for (age, reuse), sums in record.cells.items():
             assert reuse == age + 1
-            by_age.setdefault(age, []).append(measures.finish(sums))
+            by_age.setdefault(age, []).append(cells.finish(sums))
     assert all(abs(m["kl_to_generator"]) < 1e-6 and m["ess"] > 1 - 1e-6 for m in by_age[0])
     for direction in ("kl_to_generator", "kl_from_generator"):
         kl = [np.mean([m[direction] for m in by_age[age]]) for age in range(10)]
@@ -123,8 +132,8 @@ def test_kl_to_the_generator_is_zero_at_age_0_and_grows_with_age():
 
 def test_gradient_shares_of_all_cells_add_up_to_one():
     local = Local(settings("bandit_ppo", "learner.updates=10"))
-    cells = measures.add(record.cells for record in local.steps(10))
-    assert sum(row["gradient_share"] for row in measures.table(cells)) == pytest.approx(1.0)
+    added = cells.add(record.cells for record in local.steps(10))
+    assert sum(row["gradient_share"] for row in cells.table(added)) == pytest.approx(1.0)
 
 
 def test_the_fitted_reference_has_the_constructions_frequencies():
@@ -190,3 +199,35 @@ def test_offline_rollouts_have_no_age_and_no_cell_of_one(tmp_path):
     assert not offline.queue.ledger.age
     assert max(offline.queue.ledger.reuse) == 30  # 3 epochs of T = 10 over the same rows
     assert records[-1].loss < records[0].loss
+
+
+def mismatches(config, broken: bool) -> list[float | None]:
+    """engine_mismatch_kl of each step; `broken` weights are announced and never loaded."""
+    local = Local(config)
+    engine = local.actors[0].engine
+    load = engine.load
+
+    def forgets(weights: np.ndarray, version: Version) -> None:
+        if version.step and broken:
+            engine.version = version
+        else:
+            load(weights, version)
+
+    engine.load = forgets
+    return [cells.engine_mismatch(record.cells) for record in local.steps(4)]
+
+
+def test_a_forgotten_update_shows_in_the_engine_mismatch():
+    config = settings("bandit_reinforce", "learner.updates=4", "learner.lr=1e-4")
+    limit = config.limits.engine_mismatch_kl
+    floor, trip = mismatches(config, broken=False), mismatches(config, broken=True)
+    assert all(kl is not None and kl < limit / 100 for kl in floor)
+    assert trip[0] == floor[0] and all(kl > limit for kl in trip[1:])
+
+
+def test_without_age_0_there_is_no_engine_mismatch():
+    config = settings("bandit_reinforce", "learner.updates=3", "replay.lag=1", "replay.max_age=1")
+    records = list(Local(config).steps(3))
+    assert [cells.engine_mismatch(record.cells) is None for record in records] == [
+        False, True, True,
+    ]  # fmt: skip

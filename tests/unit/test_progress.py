@@ -171,6 +171,8 @@ def test_summary_table_when_piped() -> None:
 def test_summary_of_nothing_and_of_a_broken_ledger() -> None:
     stream = io.StringIO()
     print_summary({}, stream)
+    print_summary({"status": "failed", "failure": "actor 3 [died]"}, stream)
+    assert "failure" in stream.getvalue() and "actor 3 [died]" in stream.getvalue()
     print_summary({"ledger": {"issued": 2, "in_flight": 0, "queued": 0, "retired": {}}}, stream)
     assert " 0" not in stream.getvalue().split("not known")[0]
     assert "✗ (does not balance)" in stream.getvalue()

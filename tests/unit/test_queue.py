@@ -341,3 +341,38 @@ def test_blocks_select_and_concatenate_to_themselves():
     assert np.array_equal(whole.token_K, block.token_K)
     assert np.array_equal(whole.offset_N1, block.offset_N1)
     assert whole.failures == block.failures and whole.ids() == block.ids()
+
+
+def test_a_batch_fetched_ahead_is_tagged_as_if_the_one_in_hand_steps():
+    queue = small_queue(passes=3, round_groups=1)
+    fill(queue)
+    queue.get(0, 0, 0)
+    assert queue.get(0, 1, 0) is None  # the first pass derives columns that the second one wants
+    queue.commit(0, 0, 0, True)
+    queue.get(0, 1, 0)
+    ahead = queue.get(0, 2, 0)
+    assert (ahead.step, ahead.index.age_M[0], ahead.index.reuse_M[0]) == (2, 2, 3)
+    queue.commit(0, 1, 0, True)
+    queue.commit(0, 2, 0, True)
+    assert dict(queue.ledger.age) == {0: 2, 1: 2, 2: 2}
+
+
+def test_a_batch_fetched_ahead_is_thawed_when_the_one_in_hand_skips():
+    queue = small_queue(passes=3, round_groups=1)
+    fill(queue)
+    queue.get(0, 0, 0)
+    queue.commit(0, 0, 0, True)
+    queue.get(0, 1, 0), queue.get(0, 2, 0)
+    queue.commit(0, 1, 0, False)
+    again = queue.get(0, 2, 0)
+    assert (again.step, again.index.age_M[0], again.index.reuse_M[0]) == (1, 1, 3)
+
+
+def test_no_batch_is_fetched_more_than_one_ahead_or_committed_out_of_turn():
+    queue = small_queue(passes=1, round_groups=3)
+    fill(queue)
+    assert queue.get(0, 1, 0) is None  # nothing is in hand yet
+    queue.get(0, 0, 0), queue.get(0, 1, 0)
+    assert queue.get(0, 2, 0) is None
+    with pytest.raises(QueueError, match="batch 0 is next"):
+        queue.commit(0, 1, 0, True)

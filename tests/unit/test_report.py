@@ -172,9 +172,18 @@ def test_killed_run_is_summed_up_from_its_metrics(tmp_path: Path) -> None:
     assert "1 unreadable line of metrics.jsonl left out" in text
     assert "– → 1.13" in text and "mean 1.46, max 3" in text
     assert "issued – = in_flight 0 + queued 20 + retired 190" in text and "✓" not in text
-    cells = report_data.read(path).summary["cells"]
+    summary = report_data.read(path).summary
+    assert summary["kl_to_reference"] == 0.38 and summary["ess"] == pytest.approx(0.9)
+    cells = summary["cells"]
     assert [row["rollouts"] for row in cells] == [200, 200, 200, 180]
     assert sum(row["gradient_share"] for row in cells) == pytest.approx(1)
+
+
+def test_failure_is_stated(tmp_path: Path) -> None:
+    path = run_directory(tmp_path / "run")
+    failed = {"status": "failed", "failure": f"no rollout for 120 s: {NASTY}"}
+    (path / "summary.json").write_text(json.dumps(SUMMARY | failed))
+    assert f"The run failed: no rollout for 120 s: {NASTY}" in page_of(path).text
 
 
 def test_summary_cut_off_counts_as_none(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks: ours beside a named baseline, alternately, in one run. `python -m cluster bench`."""

@@ -1,0 +1,27 @@
+"""Ray actors whose code is imported where they run, so that the driver starts without torch."""
+
+from importlib import import_module
+from typing import Any
+
+import ray
+
+
+class Host:
+    """A process with one object in it; `call` calls its methods."""
+
+    def __init__(self, target: str, *arguments: Any) -> None:
+        module, name = target.split(":")
+        self.target = getattr(import_module(module), name)(*arguments)
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What the object's method returns; object references among the arguments arrive as
+        values, in lists as references."""
+        return getattr(self.target, method)(*arguments)
+
+
+def spawn(target: str, *arguments: Any, **options: Any) -> Any:
+    """A Ray actor holding `module:Class` of these arguments; `.call.remote("method", …)`.
+
+    options: those of Ray's actors (num_cpus, num_gpus, …).
+    """
+    return ray.remote(Host).options(**options).remote(target, *arguments)

@@ -1,0 +1,60 @@
+"""A rollout actor's process: the engine that is asked for, and whom it serves."""
+
+from typing import Any
+
+from actors.actor import RewardClient, RolloutActor
+from actors.dataset_engine import DatasetEngine, DatasetPrompts
+from actors.engine import RolloutEngine
+from actors.in_flight import InFlightActor
+from actors.torch_engine import TorchEngine
+from cluster import inputs
+from configs.schema import Config, EngineKind, UpdateKind
+from learner.replay.service import ActorQueue
+
+
+class RolloutWorker:
+    """Builds the engine early, serves once it knows whom. Runs as a Ray actor."""
+
+    def __init__(self, config: Config, index: int, offline_path: str) -> None:
+        self.config = config
+        self.index = index
+        self.offline_path = offline_path
+        self.engine: RolloutEngine | None = None
+        if not offline_path:
+            self.engine = build_engine(config)
+            self.prompts: Any = inputs.prompts(config)
+
+    def ready(self) -> bool:
+        """Answers once the engine is built."""
+        return True
+
+    def run(self, queue: Any, rewards: RewardClient) -> dict[str, float]:
+        """Serve leases until the run is over; returns the seconds spent on each part."""
+        if self.engine is None:
+            groups = inputs.offline_data(self.config, self.offline_path)
+            self.engine = DatasetEngine(groups, self.config.rollout.temperature)
+            self.prompts = DatasetPrompts(groups)
+        try:
+            return self._actor(self.engine, queue, rewards).run()
+        finally:
+            self.engine.close()
+
+    def _actor(
+        self, engine: RolloutEngine, queue: Any, rewards: RewardClient
+    ) -> RolloutActor | InFlightActor:
+        wait, rollout = self.config.limits.wait_seconds, self.config.rollout
+        if rollout.update is UpdateKind.in_flight:
+            slots = range(rollout.concurrent_leases + 1)
+            queues = [ActorQueue(queue, wait, slot) for slot in slots]
+            return InFlightActor(self.index, engine, self.prompts, queues, rewards, wait)
+        client = ActorQueue(queue, wait)
+        return RolloutActor(self.index, engine, self.prompts, client, rewards, wait)
+
+
+def build_engine(config: Config) -> RolloutEngine:
+    """The engine that `rollout.engine` names."""
+    if config.rollout.engine is EngineKind.torch:
+        return TorchEngine(config)
+    from actors.vllm_engine import VllmEngine  # vLLM is an optional install
+
+    return VllmEngine(config)

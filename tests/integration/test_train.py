@@ -1,0 +1,241 @@
+"""Whole runs through the real parts: Ray actors, Ray Serve, the queue, DeepSpeed ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from actors.preferences import from_rollouts, write_parquet
+from cluster.__main__ import main
+from cluster.train import train
+from configs.load import prepare
+from tests.harness import Local, settings
+
+
+def run(folder: Path, preset: str, *overrides: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A run's summary and metrics lines."""
+    config = prepare(preset, [f"run.dir={folder}", "eval.every=0", "eval.samples=20", *overrides])
+    summary = train(config, preset)
+    assert summary["status"] == "finished", summary["failure"]
+    lines = (folder / summary["name"] / "metrics.jsonl").read_text().splitlines()
+    return summary, [json.loads(line) for line in lines]
+
+
+def balanced(ledger: dict[str, Any]) -> bool:
+    return ledger["issued"] == ledger["in_flight"] + ledger["queued"] + sum(
+        ledger["retired"].values()
+    )
+
+
+def test_the_bandit_learns_and_writes_what_a_run_writes(ray_cluster, tmp_path):
+    summary, lines = run(tmp_path, "bandit", "learner.updates=60", "eval.every=20")
+    assert summary["reward_initial"] < 0.08 and summary["reward_eval"] > 0.4
+    assert [line["step"] for line in lines] == list(range(1, 61))
+    assert [line["step"] for line in lines if "reward_eval" in line] == [20, 40, 60]
+    assert summary["age"]["histogram"] == {str(age): 600 for age in range(10)}
+    assert summary["reuse"]["histogram"] == {str(reuse): 600 for reuse in range(1, 11)}
+    assert summary["ledger"]["retired"]["exhausted"] == summary["ledger"]["issued"] == 600
+    assert balanced(summary["ledger"]) and summary["updates"] == 60
+    names = {
+        "age",
+        "reuse",
+        "kl_to_generator",
+        "kl_from_generator",
+        "kl_to_reference",
+        "ess",
+        "loss",
+    }
+    assert all(names <= set(line) for line in lines)
+    assert "clip_fraction" not in lines[0]  # PPO's; absent elsewhere, never 0
+    directory = tmp_path / summary["name"]
+    samples = (directory / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == 6 * 3 and "response" in json.loads(samples[0])
+    for name in ("config.yaml", "environment.json", "summary.json", "report.html"):
+        assert (directory / name).stat().st_size > 100
+    assert (directory / "checkpoints/step-60/hf/model.safetensors").exists()
+
+
+def test_lockstep_rounds_of_four_minibatches_twice_have_ages_0_to_7(ray_cluster, tmp_path):
+    summary, _ = run(
+        tmp_path, "bandit_best_of_n", "replay.samples_per_round=400", "learner.minibatch=100",
+        "replay.inner_epochs=2", "learner.updates=16", "rollout.actors=2",
+    )  # fmt: skip
+    assert summary["age"]["histogram"] == {str(age): 200 for age in range(8)}
+    assert summary["reuse"]["histogram"] == {"1": 800, "2": 800}
+    assert summary["ledger"]["retired"]["exhausted"] == 800
+    assert summary["ledger"]["retired"]["expired"] == 0 and balanced(summary["ledger"])
+
+
+@pytest.mark.parametrize("max_age", [4])  # 0, 1 and 16 too: test_queue.py, and docs/runs.md
+def test_pipelined_no_sample_over_the_budget_reaches_a_gradient(ray_cluster, tmp_path, max_age):
+    summary, lines = run(
+        tmp_path, "bandit_pipelined", f"replay.max_age={max_age}", "rollout.actors=2",
+        "learner.updates=30",
+    )  # fmt: skip
+    assert max(line["age"]["max"] for line in lines) == summary["age"]["max"] <= max_age
+    assert summary["ledger"]["retired"]["expired"] == 0 and balanced(summary["ledger"])
+    assert summary["reuse"]["histogram"] == {"1": 3000}
+
+
+def test_lag_sets_the_age_at_first_use(ray_cluster, tmp_path):
+    _, lines = run(
+        tmp_path, "bandit_best_of_n", "replay.lag=3", "replay.inner_epochs=1", "learner.updates=12"
+    )
+    ages = [line["age"]["histogram"] for line in lines]
+    assert ages == [{str(min(step, 3)): 100} for step in range(12)]
+
+
+def test_runs_with_equal_seeds_are_bit_equal_whatever_the_number_of_actors(ray_cluster, tmp_path):
+    overrides = ["learner.updates=20", "rollout.lease=5"]
+    one = run(tmp_path, "bandit_ppo", *overrides)[1]
+    two = run(tmp_path, "bandit_ppo", "rollout.actors=2", *overrides)[1]
+    for name in ("loss", "reward_mean", "kl_to_generator", "kl_to_reference"):
+        assert [line[name] for line in one] == [line[name] for line in two]
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory) -> str:
+    """A preference file of 20 groups, sampled from π_ref and scored."""
+    local = Local(settings("bandit", "replay.samples_per_round=200", "learner.minibatch=200"))
+    local.generate()
+    path = str(tmp_path_factory.mktemp("data") / "recorded.parquet")
+    write_parquet(path, from_rollouts(local.queue.get(0, 0, 0).block))
+    return path
+
+
+def test_two_ranks_and_one_give_the_same_losses_on_recorded_batches(
+    ray_cluster, tmp_path, recorded
+):
+    overrides = [f"data.path={recorded}", "learner.updates=10"]
+    one = run(tmp_path, "offline_ipo", *overrides)[1]
+    assert one[-1]["loss"] < one[0]["loss"]
+    for zero_stage in (0, 2):
+        ranks = ["learner.ranks=2", f"learner.zero_stage={zero_stage}"]
+        two = run(tmp_path, "offline_ipo", *ranks, *overrides)[1]
+        assert np.allclose([x["loss"] for x in one], [x["loss"] for x in two], rtol=2e-4)
+
+
+def test_offline_data_sampled_from_the_reference_goes_through_the_same_queue(ray_cluster, tmp_path):
+    summary, lines = run(tmp_path, "offline_binary_feedme", "data.prompts=20", "learner.updates=20")
+    assert summary["age"]["histogram"] == {} and "age" not in lines[0]
+    assert summary["reuse"]["max"] == 10 and balanced(summary["ledger"])
+    assert (tmp_path / summary["name"] / "offline.parquet").exists()
+
+
+def test_a_lease_whose_actor_died_is_issued_again(ray_cluster, tmp_path, monkeypatch):
+    from cluster.fleet import Fleet
+
+    watch, killed = Fleet.watch, []
+
+    def kill_once_then_watch(fleet: Fleet) -> list[str]:
+        if not killed and fleet.running:
+            killed.append(True)
+            ray.kill(fleet.workers[0])
+        return watch(fleet)
+
+    monkeypatch.setattr(Fleet, "watch", kill_once_then_watch)
+    summary, lines = run(tmp_path, "bandit_ppo", "rollout.lease=2", "learner.updates=40")
+    assert killed and len(lines) == 40
+    assert summary["ledger"]["retired"]["exhausted"] == summary["ledger"]["issued"] == 400
+
+
+def test_a_reward_that_breaks_is_stated_and_stops_the_run(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("broken_reward.py").write_text("def reward(prompts, responses):\n    return [1.0]\n")
+    config = prepare(
+        "bandit",
+        [f"run.dir={tmp_path}", "reward.kind=function", "reward.path=broken_reward:reward",
+         "rollout.responses_per_prompt=2", "limits.failure_window=40", "eval.samples=2"],
+    )  # fmt: skip
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    summary = train(config, "bandit")
+    assert summary["status"] == "failed"
+    assert "limits.failure_rate" in summary["failure"] and "rewards for" in summary["failure"]
+    assert summary["ledger"]["retired"]["reward_failed"] >= 40 and balanced(summary["ledger"])
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["prompts.source=jsonl", "prompts.path=none.jsonl"], ["none.jsonl"]),
+        (["learner.minibatch=95"], ["learner.minibatch", "95", "set"]),
+        (["learner.lrr=1"], ["learner.lrr", "learner.lr"]),
+        (["reward.kind=function", "reward.path=no_such_module:f"], ["no_such_module"]),
+    ],
+)
+def test_wrong_input_is_one_line_and_leaves_nothing(capsys, tmp_path, overrides, words):
+    status = main(["train", "bandit", f"run.dir={tmp_path}/runs", *overrides])
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1
+    assert all(word in error for word in words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_finished_name_is_refused_and_an_unfinished_one_is_taken_again(tmp_path):
+    from cluster.run_directory import claim
+
+    config = settings("bandit", f"run.dir={tmp_path}", "run.name=mine")
+    directory = claim(config, "bandit")
+    directory.metrics.write_text("{half a li")
+    with pytest.raises(ValueError, match="mine.*still running"):
+        claim(config, "bandit")
+    del directory
+    directory = claim(config, "bandit")
+    assert not directory.metrics.exists()
+    directory.write_summary({"status": "finished"})
+    with pytest.raises(ValueError, match="mine.*is finished"):
+        claim(config, "bandit")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("42")
+    with pytest.raises(ValueError, match="no run made"):
+        claim(settings("bandit", f"run.dir={tmp_path}", "run.name=precious"), "bandit")
+    assert [claim(settings("bandit", f"run.dir={tmp_path}"), "bandit").name for _ in range(2)] == [
+        "bandit-1", "bandit-2",
+    ]  # fmt: skip
+
+
+def test_ctrl_c_stops_writes_the_summary_and_leaves_no_process(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "cluster", "train", "bandit", f"run.dir={tmp_path}",
+               "run.name=stopped", "learner.updates=100000"]  # fmt: skip
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+    metrics, deadline = tmp_path / "stopped" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    family = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    summary = json.loads((tmp_path / "stopped" / "summary.json").read_text())
+    assert summary["status"] == "stopped" and summary["updates"] > 0
+    assert balanced(summary["ledger"])
+    deadline = time.monotonic() + 20
+    while left := [pid for pid in family if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+
+
+def descendants(pid: int) -> set[int]:
+    """Process ids below one, by /proc."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, todo = set(), [pid]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found.update(below)
+        todo.extend(below)
+    return found
