@@ -31,7 +31,7 @@ from reward_server.rewards import load as load_reward
 from reward_server.rewards import score_safely
 
 PAIRS = 3
-UPDATES = 300
+UPDATES = 500
 
 
 class BareLoop:

@@ -195,7 +195,7 @@ class LearnerQueue:
         self.handle = handle
         self.rank = rank
         self.wait_seconds = wait_seconds
-        self._commit: list[Any] = []  # the last commit, whose failure the next call raises
+        self._commits: list[Any] = []  # the last two, whose failure a later call raises
         self._ahead: dict[int, Any] = {}  # the batch after the one in hand, on its way
 
     def get(self, lineage: int, number: int) -> Batch | None:
@@ -203,7 +203,8 @@ class LearnerQueue:
         call = self._ahead.pop(number, None)
         if call is None:
             call = self.handle.get.remote(lineage, number, self.rank)
-        batch = ray.get([call, *self._commit], timeout=self.wait_seconds + 10.0)[0]
+        # The last commit is on its way and not waited for; the one before it is long there.
+        batch = ray.get([call, *self._commits[:-1]], timeout=self.wait_seconds + 10.0)[0]
         if batch is not None and not batch.last:
             self._ahead = {number + 1: self.handle.get.remote(lineage, number + 1, self.rank)}
         return batch
@@ -216,7 +217,7 @@ class LearnerQueue:
             batch.lineage, batch.number, self.rank, stepped, derived,
             None if weights is None else [weights],
         )  # fmt: skip
-        self._commit = [call]
+        self._commits = [*self._commits[-1:], call]
         if not stepped:
             self._ahead = {}  # it was tagged as if this one had stepped
 
