@@ -149,7 +149,9 @@ def test_a_lease_whose_actor_died_is_issued_again(ray_cluster, tmp_path, monkeyp
 
 def test_a_reward_that_breaks_is_stated_and_stops_the_run(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("broken_reward.py").write_text("def reward(prompts, responses):\n    return [1.0] * (len(responses) + 1)\n")
+    Path("broken_reward.py").write_text(
+        "def reward(prompts, responses):\n    return [1.0] * (len(responses) + 1)\n"
+    )
     config = prepare(
         "bandit",
         [f"run.dir={tmp_path}", "reward.kind=function", "reward.path=broken_reward:reward",
