@@ -25,15 +25,28 @@ RUNS: dict[str, tuple[str, list[str]]] = {
         ["replay.samples_per_round=400", "replay.inner_epochs=2", "learner.updates=400"],
     ),
     **{
-        f"pipelined max_age={age}": ("bandit_pipelined", [f"replay.max_age={age}"])
+        f"pipelined max_age={age}": (
+            "bandit_pipelined",
+            [f"replay.max_age={age}", "learner.updates=400"],
+        )
         for age in (0, 1, 4, 16)
     },
-    "lag 3": ("bandit_best_of_n", ["replay.lag=3", "replay.inner_epochs=1"]),
+    "lag 3": (
+        "bandit_best_of_n",
+        ["replay.lag=3", "replay.inner_epochs=1", "learner.updates=200"],
+    ),
+    **{
+        f"width 64 on {engine}": (
+            "bandit_vllm",
+            [f"rollout.engine={engine}", "learner.updates=300"],
+        )
+        for engine in ("torch", "vllm")
+    },
 }
 
 COLUMNS = (
     "run", "reward_eval", "reached 0.98 at", "updates/s", "ages", "reuse", "kl_to_generator",
-    "ess", "expired", "wall_seconds",
+    "ess", "engine_mismatch_kl", "expired", "wall_seconds",
 )  # fmt: skip
 
 
@@ -65,6 +78,7 @@ def _row(name: str) -> dict[str, Any]:
         "reuse": summary["reuse"]["max"],
         "kl_to_generator": summary["kl_to_generator"],
         "ess": summary["ess"],
+        "engine_mismatch_kl": summary["engine_mismatch_kl"],
         "expired": summary["ledger"]["retired"]["expired"],
         "wall_seconds": summary["wall_seconds"],
     }
