@@ -33,6 +33,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(arguments: argparse.Namespace) -> int:
+    from cluster import doctor
+
+    return doctor.main(arguments.preset, arguments.settings)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser("python -m cluster", description=__doc__)
@@ -50,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("run", metavar="RUN_DIR")
     sub = command("bench", _bench, "measure ours beside a named baseline, in one run")
     sub.add_argument("name", choices=["methods", "overhead"])
+    sub.add_argument("settings", nargs="*", metavar="key=value")
+    sub = command("doctor", _doctor, "check that this machine can run a preset")
+    sub.add_argument("preset", metavar="PRESET", nargs="?", default="bandit")
     sub.add_argument("settings", nargs="*", metavar="key=value")
     return top
 

@@ -50,7 +50,8 @@ _GROUPS: dict[Bound, str] = {
         rollout.max_tokens rollout.lease reward.replicas reward.batch reward.max_request_bytes
         replay.samples_per_round replay.inner_epochs data.prompts learner.minibatch
         learner.updates learner.ranks rollout.vllm.max_sequences eval.samples
-        rollout.concurrent_leases limits.failure_window cluster.threads""",
+        rollout.concurrent_leases limits.failure_window cluster.threads
+        objective.importance_cap""",
     _ZERO_UP: """run.samples_per_round policy.bandit.seed prompts.count prompts.max_tokens
         replay.max_age replay.lag learner.micro_batch learner.warmup learner.weight_decay
         learner.max_grad_norm eval.every limits.actor_restarts cluster.actor_cpus
@@ -70,6 +71,7 @@ _GROUPS: dict[Bound, str] = {
     _over_zero(600.0): "limits.step_seconds",
     Bound(0, 1, open_low=True, open_high=True, inside=0.2): "objective.epsilon",
     Bound(0, 1, open_low=True, inside=0.5): "limits.failure_rate",
+    Bound(1, open_low=True, inside=2.0): "objective.mask_ratio",
     Bound(high=0): "objective.floor",
     Bound(0, 2**63 - 1): "seed",
     Bound(0, 65_535): "reward.port",

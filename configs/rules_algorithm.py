@@ -9,7 +9,15 @@ import difflib
 from configs.bounds import Rule, any_of, near, set_to
 from configs.errors import ConfigError
 from configs.objectives import OFFLINE, ON_POLICY, TABLE, Traits
-from configs.schema import Advantage, Config, DataSource, Order, Schedule
+from configs.schema import (
+    Advantage,
+    Config,
+    DataSource,
+    Importance,
+    Order,
+    Proximal,
+    Schedule,
+)
 
 
 def objective_is_known(config: Config) -> None:
@@ -68,6 +76,40 @@ def leave_one_out_has_others(config: Config) -> None:
         problem = "needs other responses to the same prompt, and C=1"
         fix = "set objective.advantage=standardised or rollout.responses_per_prompt=2"
         raise ConfigError("objective.advantage", config.objective.advantage, problem, fix)
+
+
+def proximal_policy_is_clipped_against(config: Config) -> None:
+    """`objective.proximal=first_use` is for PPO, which has a ratio to clip."""
+    name, proximal = config.objective.name, config.objective.proximal
+    if proximal is not Proximal.behaviour and name != "ppo":
+        fix = "set objective.proximal=behaviour, or objective.name=ppo"
+        raise ConfigError("objective.proximal", proximal, f"{name} clips no ratio", fix)
+
+
+def importance_weight_is_read(config: Config) -> None:
+    """`objective.importance` is for REINFORCE, and a cap for where there is a weight."""
+    s = config.objective
+    weighted = s.name == "reinforce" and s.importance is not Importance.none
+    if s.importance is not Importance.none and not weighted:
+        problem = "ppo's weight is its ratio" if s.name == "ppo" else f"{s.name} has no such weight"
+        fix = "set objective.importance=none, or objective.name=reinforce"
+        raise ConfigError("objective.importance", s.importance, problem, fix)
+    decoupled = s.proximal is Proximal.first_use
+    if s.importance_cap is not None and not (weighted or decoupled):
+        fix = "set objective.importance_cap=null, or "
+        fix += {
+            "ppo": "objective.proximal=first_use",
+            "reinforce": "objective.importance=token or sequence",
+        }.get(s.name, "objective.name=ppo objective.proximal=first_use")
+        raise ConfigError("objective.importance_cap", s.importance_cap, "caps no weight", fix)
+
+
+def mask_ratio_is_read(config: Config) -> None:
+    """`objective.mask_ratio` is for PPO and REINFORCE."""
+    name, ratio = config.objective.name, config.objective.mask_ratio
+    if ratio is not None and name not in {"ppo", "reinforce"}:
+        fix = "set objective.mask_ratio=null, or objective.name=ppo or reinforce"
+        raise ConfigError("objective.mask_ratio", ratio, f"{name} masks no sequences", fix)
 
 
 def every_rank_has_a_group(config: Config) -> None:
@@ -175,6 +217,9 @@ ALGORITHM_RULES: tuple[Rule, ...] = (
     round_holds_whole_minibatches,
     group_wise_objective_has_groups,
     leave_one_out_has_others,
+    proximal_policy_is_clipped_against,
+    importance_weight_is_read,
+    mask_ratio_is_read,
     every_rank_has_a_group,
     micro_batch_fits,
     source_fits_objective,

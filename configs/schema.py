@@ -50,6 +50,17 @@ class Ratio(Enum):
     token = "token"
 
 
+class Proximal(Enum):
+    behaviour = "behaviour"
+    first_use = "first_use"
+
+
+class Importance(Enum):
+    none = "none"
+    token = "token"
+    sequence = "sequence"
+
+
 class Advantage(Enum):
     standardised = "standardised"
     leave_one_out = "leave_one_out"
@@ -174,6 +185,10 @@ class ObjectiveConfig:
     beta: float = 0.1  # rwr: temperature; dpo: KL weight; best_of_n_negative: weight of the others
     epsilon: float = 0.2  # ppo: clip range
     ratio: Ratio = Ratio.sequence  # ppo
+    proximal: Proximal = Proximal.behaviour  # ppo: clip against π_gen, or π_θ at the first pass
+    importance: Importance = Importance.none  # reinforce: weight by π_θ/π_gen; ppo's is its ratio
+    importance_cap: float | None = None  # most of that weight, and of first_use's; None: no cap
+    mask_ratio: float | None = None  # ppo, reinforce: a sequence further off π_gen counts 0
     advantage: Advantage = Advantage.standardised  # ppo, reinforce
     reward: RewardScale = RewardScale.raw  # rwr
     floor: float = -8.0  # best_of_n_negative: nats per token under which a response is left alone

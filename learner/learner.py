@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from actors import policy
 from actors.rollout import Rollouts, Version
-from configs.schema import Config, DataSource, Schedule
+from configs.schema import Config, DataSource, Proximal, Schedule
 from learner import measures
 from learner.batch import Padded, conditionals, pad, token_logps, unpad
 from learner.cells import Cells, StepRecord, add
@@ -25,6 +25,7 @@ from learner.signals import Signals, signals
 from learner.stages.bandit import initial_policy
 
 REFERENCE = "reference_logp_K"
+PROXIMAL = "proximal_logp_K"
 
 
 class Learner:
@@ -102,7 +103,7 @@ class Learner:
         rows *= self.config.rollout.responses_per_prompt
         size = self.config.learner.micro_batch or rows
         starts = range(0, rows, size)
-        loss, tables, references = 0.0, [], []
+        loss, tables, columns = 0.0, [], []
         whole = pad(batch.block, str(self.engine.device)) if batch.block is not None else None
         have = 0 if batch.block is None else len(batch.block.reward_N)
         for start in starts:
@@ -113,25 +114,20 @@ class Learner:
                 continue
             part = whole.rows(start, stop)
             here = slice(batch.first + start, batch.first + stop)
-            value, table, reference = self._micro_batch(
+            value, table, derived = self._micro_batch(
                 part, notes.rows(here.start, here.stop), count, last,
                 np.where(batch.index.offline, -1, batch.index.age_M[here]),
                 batch.index.reuse_M[here],
             )  # fmt: skip
             loss += value
             tables.append(table)
-            references.append(reference)
-        derived = {}
-        if whole is not None and batch.block is not None and REFERENCE not in batch.block.derived:
-            wide = torch.cat(references) if references else None
-            if wide is not None:
-                derived[REFERENCE] = unpad(wide, batch.block.length_N)
-        return loss, add(tables), derived
+            columns.append(derived)
+        return loss, add(tables), _packed(columns, batch.block)
 
     def _micro_batch(
         self, part: Padded, notes: Signals, count: int, last: bool, age_N: np.ndarray,
         reuse_N: np.ndarray,
-    ) -> tuple[float, Cells, Tensor]:  # fmt: skip
+    ) -> tuple[float, Cells, dict[str, Tensor]]:  # fmt: skip
         now_NLV = conditionals(self.engine.engine, part)
         logp_NL = token_logps(now_NLV, part)
         logp_NL.retain_grad()
@@ -141,9 +137,13 @@ class Learner:
         if self.conditionals is not None:
             generator_NLV = self.conditionals.of_generator(part, self.version, detached_NLV)
         known = not bool(torch.isnan(part.logp_NL).any())
+        derived = {REFERENCE: reference_NL}
+        if self.config.objective.proximal is Proximal.first_use:
+            derived[PROXIMAL] = part.derived_NL.get(PROXIMAL, logp_NL.detach())
         inputs = notes.loss_inputs(
-            logp_NL, part.mask_NL, part.logp_NL if known else None, reference_NL
-        )
+            logp_NL, part.mask_NL, part.logp_NL if known else None, reference_NL,
+            derived.get(PROXIMAL),
+        )  # fmt: skip
         value = self.objective.loss(inputs, self.config.objective) / max(count, 1)
         self.engine.accumulate(value * self.config.learner.ranks, last)
         gradient_NL = logp_NL.grad if logp_NL.grad is not None else torch.zeros_like(logp_NL)
@@ -152,7 +152,7 @@ class Learner:
             inputs, gradient_NL / self.config.learner.ranks, age_N, reuse_N,
             (detached_NLV, generator_NLV, reference_NLV), self._clip(),
         )  # fmt: skip
-        return float(value.detach()), table, reference_NL
+        return float(value.detach()), table, derived
 
     def _fill_up(self, whole: Padded | None, last: bool) -> None:
         """A micro-batch of weight zero, so that every rank runs equally many."""
@@ -193,6 +193,14 @@ class Learner:
         """Whether the version that this batch makes is evaluated."""
         every, done = self.config.eval.every, number + 1
         return done == self.config.learner.updates or (every > 0 and done % every == 0)
+
+
+def _packed(columns: list[dict[str, Tensor]], block: Rollouts | None) -> dict[str, np.ndarray]:
+    """The micro-batches' derived columns, of those that the block does not bring already."""
+    if block is None or not columns:
+        return {}
+    new = [name for name in columns[0] if name not in block.derived]
+    return {name: unpad(torch.cat([c[name] for c in columns]), block.length_N) for name in new}
 
 
 def _describe(index: Any) -> dict[str, Any]:

@@ -81,13 +81,18 @@ def _of_ratio(
         "kl_to_generator_sequence": divergence.sequence_kl_to(to_NL, weight_NL),
         "kl_from_generator_sequence": divergence.sequence_kl_from_generator(from_NL),
     }
-    if clip is not None and clip[0] == "token":
-        out["clipped"] = divergence.clipped(log_ratio_NL, inputs.mask_NL, clip[1]).sum(-1)
-        out["clippable"] = inputs.mask_NL.double().sum(-1)
-    elif clip is not None:
-        out["clipped"] = divergence.clipped(log_ratio_NL.sum(-1), inputs.valid_N, clip[1])
-        out["clippable"] = inputs.valid_N.double()
-    return out
+    return out if clip is None else out | _of_clip(inputs, *clip)
+
+
+def _of_clip(inputs: LossInputs, ratio: str, epsilon: float) -> dict[str, Tensor]:
+    """Ratios that PPO clips, and how many there are, [N]: to π_prox where the loss has one."""
+    against = "generator" if inputs.proximal_logp_NL is None else "proximal"
+    log_ratio_NL = inputs.log_ratio_NL(f"{against}_logp_NL")
+    if ratio == "token":
+        clipped_N = divergence.clipped(log_ratio_NL, inputs.mask_NL, epsilon).sum(-1)
+        return {"clipped": clipped_N, "clippable": inputs.mask_NL.double().sum(-1)}
+    clipped_N = divergence.clipped(log_ratio_NL.sum(-1), inputs.valid_N, epsilon)
+    return {"clipped": clipped_N, "clippable": inputs.valid_N.double()}
 
 
 def _by_cell(

@@ -52,6 +52,7 @@ class Signals:
         mask_NL: Tensor,
         generator_logp_NL: Tensor | None = None,
         reference_logp_NL: Tensor | None = None,
+        proximal_logp_NL: Tensor | None = None,
     ) -> LossInputs:
         """These rollouts as an objective sees them, on the device of `logp_NL`.
 
@@ -64,6 +65,7 @@ class Signals:
             members=self.members,
             generator_logp_NL=generator_logp_NL,
             reference_logp_NL=reference_logp_NL,
+            proximal_logp_NL=proximal_logp_NL,
             **columns,
         )
 

@@ -26,6 +26,7 @@ class LossInputs:
     valid_N: Tensor  # bool
     members: int  # C; group of rollout i is i // C where groups are whole
     generator_logp_NL: Tensor | None = None  # log π_gen
+    proximal_logp_NL: Tensor | None = None  # log π_prox: π_θ when it first consumed the rollout
     reference_logp_NL: Tensor | None = None  # log π_ref
     reward_N: Tensor | None = None  # raw reward
     standardised_N: Tensor | None = None  # r̄, equation (19), over the round
@@ -47,9 +48,10 @@ class LossInputs:
             raise ValueError(f"this objective reads {name}, which the micro-batch does not carry")
         return value
 
-    def log_ratio_NL(self, name: str) -> Tensor:
-        """log π_θ − the log-probability column of that name, nats per token, 0 where masked."""
-        return masked(self.logp_NL - self.column(name), self.mask_NL)
+    def log_ratio_NL(self, name: str, of: str = "logp_NL") -> Tensor:
+        """log π_θ, or column `of`, − the log-probability column of that name, nats per token, 0
+        where masked."""
+        return masked(self.column(of) - self.column(name), self.mask_NL)
 
 
 def pair_masks(score_N: Tensor, valid_N: Tensor, members: int) -> Tensor:

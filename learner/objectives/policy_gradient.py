@@ -6,14 +6,22 @@ rollout, constant over its tokens, is by `objective.advantage`
 - `standardised`: r̄, equation (19) of arXiv 2404.14367, over the round; or
 - `leave_one_out`: r minus the mean reward of the other valid members of its group (RLOO: Kool et
   al. 2019; Ahmadian et al., arXiv 2402.14740, §2.3).
+
+Off-policy correction. Weights π/π_gen are constants (no gradient) and, with `objective.
+importance_cap` = c, truncated: min(π/π_gen, c) (Ionides 2008, "Truncated Importance Sampling").
+With `objective.mask_ratio` = r, a sequence contributes 0 while the geometric mean of its tokens'
+ratios, exp(1/|y| · Σ_t log π_θ/π_gen), is outside [1/r, r]: a mean, so that r means the same at
+every length (the ratio is that of GSPO, Zheng et al., arXiv 2507.18071; masking by it, for Â < 0
+and one side only, is in DeepSeek-V3.2, arXiv 2512.02556). It still counts in the divisor.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from configs.schema import Advantage, ObjectiveConfig, Ratio
+from configs.schema import Advantage, Importance, ObjectiveConfig, Proximal, Ratio
 from learner.objectives.base import LossInputs, masked
 
 
@@ -28,33 +36,80 @@ def ppo(x: LossInputs, s: ObjectiveConfig) -> Tensor:
     arXiv 1707.06347, equation 7). The token form is a mean over a rollout's own tokens, so that
     both have one term per rollout and the same divisor.
 
-    Reads logp, generator_logp [N, L] and the advantage [N]; returns a scalar. The minimum is
-    written as a bound on log ρ, from above where Â ≥ 0 and from below elsewhere. It is the same
-    number, and a ratio that overflows on the clipped side has gradient 0 and not 0 · ∞.
+    With proximal=first_use it is decoupled: ρ' = π_θ/π_prox, with π_prox the policy that first
+    consumed the sample, takes ρ's place, and each term is weighted back to π_gen, per sequence or
+    token as `ratio` says (Hilton et al., arXiv 2110.00641, §3; Fu et al., arXiv 2505.24298; capped
+    as in the module's docstring):
+
+        −π_prox/π_gen · min(ρ'·Â, clip(ρ', 1−ε, 1+ε)·Â)
+
+    So the trust region is about a recent policy, however old the sample; and a first pass never
+    clips. Reads logp, generator_logp (decoupled: proximal_logp too) [N, L] and the advantage [N];
+    returns a scalar. The minimum is written as a bound on log ρ, from above where Â ≥ 0 and from
+    below elsewhere. It is the same number, and a ratio that overflows on the clipped side has
+    gradient 0 and not 0 · ∞.
     """
+    x = _within_mask_ratio(x, s)
     advantage_N = _advantage(x, s)
-    log_ratio_NL = x.log_ratio_NL("generator_logp_NL")
+    decoupled = s.proximal == Proximal.first_use
+    proximal = "proximal_logp_NL" if decoupled else "generator_logp_NL"
+    log_ratio_NL = x.log_ratio_NL(proximal)
+    per = Importance(s.ratio.value) if decoupled else Importance.none
+    weight_NL = _weight(x, s, proximal, per)
     if s.ratio == Ratio.sequence:
-        return -(advantage_N * _clipped_ratio(log_ratio_NL.sum(-1), advantage_N, s.epsilon)).sum()
-    ratio_NL = _clipped_ratio(log_ratio_NL, advantage_N.unsqueeze(-1), s.epsilon)
+        ratio_N = _clipped_ratio(log_ratio_NL.sum(-1), advantage_N, s.epsilon)
+        return -(advantage_N * weight_NL.squeeze(-1) * ratio_N).sum()
+    ratio_NL = weight_NL * _clipped_ratio(log_ratio_NL, advantage_N.unsqueeze(-1), s.epsilon)
     length_N = x.mask_NL.sum(-1).clamp(min=1)
     return -(advantage_N * masked(ratio_NL, x.mask_NL).sum(-1) / length_N).sum()
 
 
 def reinforce(x: LossInputs, s: ObjectiveConfig) -> Tensor:
-    """Score-function gradient: Σ_i −log π_θ(y_i)·Â_i.
+    """Score-function gradient, weighted by how far the sample is off-policy.
 
-    Williams 1992; with Â = r̄ (arXiv 2404.14367, Table 1 and equation 19). No importance weight, so
-    sound only on samples of the current policy: T = 1. Reads logp [N, L] and the advantage [N];
-    returns a scalar.
+        Σ_i −log π_θ(y_i)·Â_i                                                  importance=none
+        Σ_i −sg[π_θ(y_i)/π_gen(y_i)]·log π_θ(y_i)·Â_i                          importance=sequence
+        Σ_i Σ_t −sg[π_θ(y_it)/π_gen(y_it)]·log π_θ(y_it)·Â_i                   importance=token
+
+    Williams 1992; with Â = r̄ (arXiv 2404.14367, Table 1 and equation 19). Unweighted it is sound
+    only on samples of the current policy: T = 1. sg: a constant, capped as in the module's
+    docstring. Uncapped, `sequence` is the exact weight; `token` leaves out the prefix's ratio, some
+    bias for much less variance (as CISPO's, arXiv 2506.13585, and V-trace's truncated ρ, Espeholt
+    et al., arXiv 1802.01561). Reads logp (weighted: generator_logp too) [N, L] and the advantage
+    [N]; returns a scalar.
     """
-    return -(x.sequence_logp_N * _advantage(x, s)).sum()
+    x = _within_mask_ratio(x, s)
+    weight_NL = _weight(x, s, "logp_NL", s.importance)
+    logp_N = (weight_NL * masked(x.logp_NL, x.mask_NL)).sum(-1)
+    return -(logp_N * _advantage(x, s)).sum()
 
 
 def _advantage(x: LossInputs, s: ObjectiveConfig) -> Tensor:
     """Â [N], 0 for failed members."""
     leave_one_out = s.advantage == Advantage.leave_one_out
     return masked(x.column("leave_one_out_N" if leave_one_out else "standardised_N"), x.valid_N)
+
+
+def _weight(x: LossInputs, s: ObjectiveConfig, of: str, per: Importance) -> Tensor:
+    """sg[min(π/π_gen, cap)], π by its column: [N, L] per token, else [N, 1]; 1 for none."""
+    if per == Importance.none:
+        return torch.ones_like(x.logp_NL[:, :1])
+    log_ratio_NL = x.log_ratio_NL("generator_logp_NL", of).detach()
+    if per == Importance.sequence:
+        log_ratio_NL = log_ratio_NL.sum(-1, keepdim=True)
+    if s.importance_cap is not None:
+        log_ratio_NL = log_ratio_NL.clamp(max=math.log(s.importance_cap))
+    return log_ratio_NL.exp()
+
+
+def _within_mask_ratio(x: LossInputs, s: ObjectiveConfig) -> LossInputs:
+    """The same with sequences beyond `objective.mask_ratio` masked as failed members are."""
+    if s.mask_ratio is None:
+        return x
+    length_N = x.mask_NL.sum(-1).clamp(min=1)
+    mean_N = x.log_ratio_NL("generator_logp_NL").detach().sum(-1) / length_N
+    kept_N = x.valid_N & (mean_N.abs() <= math.log(s.mask_ratio))
+    return replace(x, valid_N=kept_N, mask_NL=x.mask_NL & kept_N.unsqueeze(-1))
 
 
 def _clipped_ratio(log_ratio: Tensor, advantage: Tensor, epsilon: float) -> Tensor:

@@ -1,44 +1,27 @@
 """The replay queue: an index of groups by state, one version counter, and the ledger.
 
 Groups live through: leased (in flight) → waiting in the line → in a round → consumed T times →
-retired. A round takes the first B/C groups of the line, in issue order or as they get ready, so a
-group that fails leaves no hole: the next one moves up, and one more prompt is issued.
+retired. The line (`learner.replay.line`) is the actors' side; this is the learner's.
 
 A step is a transaction (law 2): `get` freezes a batch's composition and tags at its first call,
 every rank reports with `commit`, and the last report makes the batch count. One batch may be
 fetched ahead of the one in hand, tagged as if that one steps; if it skips, the other is thawed and
-frozen anew. Nothing in this file
-waits or knows of Ray; `learner.replay.service` does.
+frozen anew. Nothing here waits or knows of Ray; `learner.replay.service` does.
 """
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from actors.actor import Lease
-from actors.rollout import (
-    OFFLINE_STEP,
-    STATUS_NAMES,
-    VALID,
-    GroupId,
-    Rollouts,
-    Version,
-    concatenate,
-)
+from actors.rollout import OFFLINE_STEP, GroupId, Rollouts, Version, concatenate
 from learner.replay.ledger import Ledger
+from learner.replay.line import Line, QueueError
 from learner.replay.records import Batch, Held, Index, index
 from learner.replay.staleness import Plan
-
-
-class QueueError(RuntimeError):
-    """The queue refuses, or cannot go on; the message says which and why."""
-
-
-class TooManyFailures(QueueError):
-    """More rollouts fail than `limits.failure_rate` allows."""
 
 
 @dataclass
@@ -63,24 +46,15 @@ class ReplayQueue:
     ) -> None:  # fmt: skip
         self.plan = plan
         self.ranks = ranks
-        self.min_valid = min_valid
-        self.failure_rate = failure_rate
         self.ledger = Ledger()
+        self.line = Line(plan, self.ledger, min_valid, failure_rate, failure_window)
         self.version = Version(lineage, 0)
         self.committed = 0
-        self.next_position = 0
-        self.line: dict[GroupId, Held | None] = {}  # issued, in no round yet; None: in flight
-        self.leases: dict[int, tuple[Lease, int, float]] = {}  # lease, actor, since
-        self._next_lease = 0
-        self._orphans: deque[Lease] = deque()
         self._rounds: dict[int, tuple[list[GroupId], np.ndarray]] = {}  # groups, valid rewards
-        self._rounds_formed = 0
         self._held: dict[GroupId, Held] = {}  # in a round being consumed
         self._weights: dict[int, Any] = {}
         self._row_reuse: Counter[tuple[int, int]] = Counter()  # offline: (row, member) → reuse
         self._open: dict[int, _Open] = {}  # by number: the batch in hand, and one ahead of it
-        self._outcomes: deque[bool] = deque(maxlen=failure_window)
-        self.last_failure = ""
 
     # Actors: lease, put, release.
 
@@ -93,13 +67,7 @@ class ReplayQueue:
         version, weights = self._version_for_actors()
         if version is None:
             return None
-        groups = self._orphans.popleft().groups if self._orphans else self._issue(version)
-        if not groups:
-            return None
-        lease = Lease(self._next_lease, groups, version, weights)
-        self._next_lease += 1
-        self.leases[lease.id] = (lease, actor, time.monotonic())
-        return lease
+        return self.line.lease(actor, version, weights, self.committed, self.version.step)
 
     def newer(self, than: Version) -> Lease | None:
         """The version that actors may have now, as a lease of no prompts, if newer than theirs."""
@@ -120,63 +88,17 @@ class ReplayQueue:
             return None, None  # the weights of this very step are on their way
         return Version(self.version.lineage, step), self._weights[step]
 
-    def _issue(self, version: Version) -> tuple[GroupId, ...]:
-        """New prompts for the first round that still lacks some, if it may start now."""
-        per_round = self.plan.groups_per_round
-        live = self._rounds_formed * per_round + len(self.line)
-        round_ = live // per_round
-        if not self.plan.admits(round_, self.committed, self.version.step, version.step):
-            return ()
-        count = min(self.plan.lease, per_round - live % per_round)
-        groups = tuple(GroupId(self.next_position + i, 0) for i in range(count))
-        self.next_position += count
-        self.line.update(dict.fromkeys(groups))
-        self.ledger.issue(count * self.plan.members)
-        return groups
-
     def put(self, lease: Lease, block: Rollouts) -> None:
         """Take a lease's groups, all members terminal; those that are known already are ignored."""
-        self.leases.pop(lease.id, None)
-        for place, group in enumerate(block.ids()):
-            if group in self.line and self.line[group] is None:
-                self._enter(group, block, place)
-
-    def _enter(self, group: GroupId, block: Rollouts, place: int) -> None:
-        rows = slice(place * block.members, (place + 1) * block.members)
-        status_C = block.status_N[rows]
-        valid_C = status_C == VALID
-        self._outcomes.extend(valid_C.tolist())
-        for status in status_C[~valid_C]:
-            self.ledger.retire_in_flight(STATUS_NAMES[int(status)], 1)
-        if not valid_C.all():
-            self.last_failure = next(
-                why for r, why in block.failures.items() if rows.start <= r < rows.stop
-            )
-        if valid_C.sum() < self.min_valid:
-            self.ledger.retire_in_flight("group_incomplete", int(valid_C.sum()))
-            del self.line[group]
-            return
-        self.ledger.enter(int(valid_C.sum()))
-        oldest_C = block.select(place, place + 1).oldest_step_N()
-        self.line[group] = Held(block, place, time.monotonic(), valid_C, oldest_C)
+        self.line.put(lease, block)
 
     def release(self, actor: int) -> int:
         """Leases of a dead actor are to be issued again, under the same ids; their number."""
-        dead = [id_ for id_, (_, owner, _) in self.leases.items() if owner == actor]
-        for id_ in dead:
-            lease = self.leases.pop(id_)[0]
-            self._orphans.append(lease)
-        return len(dead)
+        return self.line.release(actor)
 
     def check_failures(self) -> None:
         """Raise TooManyFailures when the last rollouts failed more often than allowed."""
-        seen = len(self._outcomes)
-        failed = seen - sum(self._outcomes)
-        if seen == self._outcomes.maxlen and failed > self.failure_rate * seen:
-            raise TooManyFailures(
-                f"{failed} of the last {seen} rollouts failed, over limits.failure_rate="
-                f"{self.failure_rate}; the last one: {self.last_failure}"
-            )
+        self.line.check_failures()
 
     # Learner: publish, get, commit.
 
@@ -249,33 +171,13 @@ class ReplayQueue:
 
     def _form(self, round_: int) -> bool:
         """Take the round's groups off the line, if they are all there."""
-        wanted = self.plan.groups_per_round
-        if self.plan.ready_order:
-            self._expire_stragglers(round_)
-            ids = [group for group, held in self.line.items() if held is not None][:wanted]
-        else:
-            ids = [group for _, group in zip(range(wanted), self.line)]
-        if len(ids) < wanted or any(self.line[group] is None for group in ids):
+        taken = self.line.take(round_, self.committed, self.version.step)
+        if taken is None:
             return False
-        rewards = []
-        for group in ids:
-            held = self.line.pop(group)
-            assert held is not None
-            self._held[group] = held
-            rewards.append(held.rows("reward_N")[held.valid_C])
-        self._rounds[round_] = (ids, np.concatenate(rewards))
-        self._rounds_formed = round_ + 1
+        self._held.update(taken)
+        rewards = [held.rows("reward_N")[held.valid_C] for held in taken.values()]
+        self._rounds[round_] = (list(taken), np.concatenate(rewards))
         return True
-
-    def _expire_stragglers(self, round_: int) -> None:
-        """Ready order only: drop groups whose last consumption in this round would be too old."""
-        for group, held in list(self.line.items()):
-            if held is None or held.oldest == OFFLINE_STEP:
-                continue
-            age = self.plan.last_age(round_, self.committed, self.version.step, held.oldest)
-            if age > self.plan.max_age:
-                self.ledger.retire_queued("expired", held.valid)
-                del self.line[group]
 
     def _expired(self, group: GroupId, step: int) -> bool:
         """The guard at consumption: retire a group over `max_age`, and say so."""
@@ -359,17 +261,4 @@ class ReplayQueue:
 
     def missing(self, number: int) -> str:
         """What a batch waits for, in words."""
-        now = time.monotonic()
-        held = [
-            f"positions {lease.groups[0].position}–{lease.groups[-1].position} with actor {actor}"
-            f" for {now - since:.0f} s"
-            for lease, actor, since in self.leases.values()
-        ]
-        if self._orphans:
-            held.append(f"{len(self._orphans)} leases of dead actors, not yet taken up again")
-        ready = sum(held_ is not None for held_ in self.line.values())
-        where = "; ".join(held) or "no prompt is leased: every actor is starting, or gone"
-        return (
-            f"batch {number} has {ready} of {self.plan.groups_per_round} groups of its round; "
-            f"{where}"
-        )
+        return f"batch {number} has {self.line.missing()}"

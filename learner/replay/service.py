@@ -116,7 +116,7 @@ class QueueService:
             "version": self.queue.version,
             "committed": self.queue.committed,
             "actor_idle_fraction": self._actor_idle(),
-            "last_failure": self.queue.last_failure,
+            "last_failure": self.queue.line.last_failure,
         }
 
     def _actor_idle(self) -> float | None:

@@ -136,6 +136,58 @@ def test_gradient_shares_of_all_cells_add_up_to_one():
     assert sum(row["gradient_share"] for row in cells.table(added)) == pytest.approx(1.0)
 
 
+def test_the_proximal_policy_is_the_learners_at_first_use_and_stays():
+    local = Local(settings(
+        "bandit_ppo", "objective.proximal=first_use", "learner.updates=8", "replay.lag=2",
+        "replay.inner_epochs=4", "learner.micro_batch=30",
+    ))  # fmt: skip
+    for _ in range(2):  # rounds, of four passes each
+        local.generate()
+        block = local.queue.get(0, local.queue.committed, 0).block
+        assert not block.derived
+        with torch.no_grad():
+            now_NLV = conditionals(local.learner.engine.engine, pad(block))
+        first_use = token_logps(now_NLV, pad(block)).numpy().ravel()
+        stored = []
+        for _ in range(3):
+            list(local.steps(1))
+            again = local.queue.get(0, local.queue.committed, 0).block
+            stored.append(again.derived["proximal_logp_K"])
+        list(local.steps(1))
+        assert np.allclose(stored[0], first_use, atol=1e-5)
+        assert np.array_equal(stored[0], stored[1]) and np.array_equal(stored[0], stored[2])
+    assert np.abs(stored[0] - block.logp_K).max() > 1e-3  # older weights generated it
+
+
+def test_decoupled_ppo_clips_nothing_at_first_use_however_old():
+    config = settings(
+        "bandit_ppo", "objective.proximal=first_use", "learner.updates=8", "replay.lag=2",
+        "replay.inner_epochs=2", "learner.lr=0.01",
+    )  # fmt: skip
+    by_reuse: dict[int, list[float]] = {1: [], 2: []}
+    for record in Local(config).steps(8):
+        for (age, reuse), sums in record.cells.items():
+            assert age >= 0
+            by_reuse[reuse].append(cells.finish(sums)["clip_fraction"])
+    assert max(by_reuse[1]) == 0.0 < max(by_reuse[2])
+
+
+def test_decoupled_ppo_is_ppo_where_the_first_use_is_at_age_0():
+    plain = run(settings("bandit_ppo", "learner.updates=12"))
+    decoupled = run(settings("bandit_ppo", "learner.updates=12", "objective.proximal=first_use"))
+    assert np.allclose(plain[0], decoupled[0], atol=1e-4)
+    assert np.abs(plain[1] - decoupled[1]).mean() < 1e-5
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_an_importance_weight_changes_no_loss_at_age_0_and_one_of_older_samples(importance):
+    common = ("bandit_reinforce", "learner.updates=3", "replay.lag=1")
+    plain = run(settings(*common))[0]
+    weighted = run(settings(*common, f"objective.importance={importance}"))[0]
+    assert np.isclose(plain[0], weighted[0], atol=1e-4)
+    assert not np.isclose(plain[1], weighted[1], atol=1e-4)
+
+
 def test_the_fitted_reference_has_the_constructions_frequencies():
     config = settings("bandit")
     shares = reference_histogram(config.policy.bandit)

@@ -1,6 +1,5 @@
 """Every objective against NumPy loops, finite differences and, for pairs, numbers by hand."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,145 +7,47 @@ import pytest
 import torch
 
 from configs.objectives import TABLE
-from configs.schema import Advantage, ObjectiveConfig, Ratio, RewardScale
+from configs.schema import Importance, ObjectiveConfig, Ratio
 from learner.objectives import load
 from learner.objectives.base import LossInputs
 from learner.signals import signals
+from tests.unit.objective_reference import (
+    CASES,
+    DECOUPLED,
+    FAILED,
+    C,
+    G,
+    L,
+    columns,
+    gate,
+    loss_and_gradient,
+    reference,
+    unmasked,
+)
 
 torch.set_num_threads(1)
 
-G, C, L = 3, 4, 5
-FAILED = (2, 7)
-CASES = {
-    "ppo sequence": ObjectiveConfig("ppo"),
-    "ppo sequence leave_one_out": ObjectiveConfig("ppo", advantage=Advantage.leave_one_out),
-    "ppo token": ObjectiveConfig("ppo", ratio=Ratio.token, epsilon=0.3),
-    "reinforce": ObjectiveConfig("reinforce"),
-    "reinforce leave_one_out": ObjectiveConfig("reinforce", advantage=Advantage.leave_one_out),
-    "rwr raw": ObjectiveConfig("rwr", beta=0.3),
-    "rwr standardised": ObjectiveConfig("rwr", beta=1.5, reward=RewardScale.standardised),
-    "best_of_n": ObjectiveConfig("best_of_n"),
-    "best_of_n_negative": ObjectiveConfig("best_of_n_negative", beta=0.2, floor=-1.5),
-    "rest": ObjectiveConfig("rest"),
-    "dpo": ObjectiveConfig("dpo", beta=0.5),
-    "ipo": ObjectiveConfig("ipo", tau=0.4),
-    "pref_ft": ObjectiveConfig("pref_ft"),
-    "binary_feedme": ObjectiveConfig("binary_feedme"),
-}
 EACH = pytest.mark.parametrize("case", CASES)
-
-
-def columns() -> dict[str, np.ndarray]:
-    """A minibatch with failed members, ties, padding, and NaN beneath every mask, in NumPy."""
-    draw = np.random.default_rng(7)
-    valid = np.ones(G * C, dtype=bool)
-    valid[list(FAILED)] = False
-    length = draw.integers(1, L + 1, G * C)
-    mask = (np.arange(L) < length[:, None]) & valid[:, None]
-    logp = -draw.uniform(0.2, 3.0, (G * C, L))
-    reward = draw.uniform(0, 1, G * C)
-    reward[5] = reward[4]  # a tie: no pair of these two
-    reward[~valid] = np.nan
-    known = reward[valid]
-    others = [
-        [reward[j] for j in range(i // C * C, i // C * C + C) if j != i and valid[j]]
-        for i in range(G * C)
-    ]
-    first = [min(np.flatnonzero(g == np.nanmax(g))) for g in reward.reshape(G, C)]
-    return {
-        "logp_NL": np.where(mask, logp, np.nan),
-        "mask_NL": mask,
-        "valid_N": valid,
-        "generator_logp_NL": np.where(mask, logp + draw.normal(0, 0.2, (G * C, L)), np.nan),
-        "reference_logp_NL": np.where(mask, logp + draw.normal(0, 0.5, (G * C, L)), np.nan),
-        "reward_N": reward,
-        "standardised_N": (reward - known.mean()) / known.std(ddof=1),
-        "leave_one_out_N": reward - np.array([np.mean(o) for o in others]),
-        "best_N": np.array([i % C == first[i // C] for i in range(G * C)]),
-        "good_N": valid & (draw.uniform(size=G * C) < 0.5),
-        "selected_N": reward >= np.quantile(known, 0.6),
-        "score_N": reward,
-    }
-
-
-def inputs(c: dict[str, np.ndarray], members: int = C) -> LossInputs:
-    return LossInputs(members=members, **{k: torch.tensor(v) for k, v in c.items()})
-
-
-def loss_and_gradient(c: dict[str, np.ndarray], s: ObjectiveConfig) -> tuple[float, np.ndarray]:
-    x = inputs(c)
-    x.logp_NL.requires_grad_()
-    loss = load(s.name).loss(x, s)
-    loss.backward()
-    return loss.item(), x.logp_NL.grad.numpy()
-
-
-def reference(c: dict[str, np.ndarray], s: ObjectiveConfig, above: np.ndarray | None) -> float:
-    """Every loss as plain loops over rollouts, tokens and pairs; `above`: the frozen gate."""
-    valid = np.flatnonzero(c["valid_N"])
-    tokens = {i: np.flatnonzero(c["mask_NL"][i]) for i in valid}
-    logp = {i: c["logp_NL"][i][tokens[i]] for i in valid}
-    lr_gen = {i: logp[i] - c["generator_logp_NL"][i][tokens[i]] for i in valid}
-    lr_ref = {i: (logp[i] - c["reference_logp_NL"][i][tokens[i]]).sum() for i in valid}
-    loo = s.advantage == Advantage.leave_one_out
-    advantage = c["leave_one_out_N" if loo else "standardised_N"]
-    standardised = s.reward == RewardScale.standardised
-    weight = c["standardised_N" if standardised else "reward_N"]
-    pairs = [
-        (i, j)
-        for i in valid
-        for j in valid
-        if i // C == j // C and c["score_N"][i] > c["score_N"][j]
-    ]
-
-    def clip(ratio: float, i: int) -> float:
-        bounded = np.clip(ratio, 1 - s.epsilon, 1 + s.epsilon)
-        return -min(ratio * advantage[i], bounded * advantage[i])
-
-    if s.name == "ppo" and s.ratio == Ratio.sequence:
-        return sum(clip(math.exp(lr_gen[i].sum()), i) for i in valid)
-    if s.name == "ppo":
-        return sum(np.mean([clip(math.exp(t), i) for t in lr_gen[i]]) for i in valid)
-    if s.name == "reinforce":
-        return sum(-logp[i].sum() * advantage[i] for i in valid)
-    if s.name == "rwr":
-        return sum(-logp[i].sum() * math.exp(weight[i] / s.beta) for i in valid)
-    if s.name == "dpo":
-        return sum(math.log1p(math.exp(-s.beta * (lr_ref[i] - lr_ref[j]))) for i, j in pairs)
-    if s.name == "ipo":
-        return sum((lr_ref[i] - lr_ref[j] - 1 / (2 * s.tau)) ** 2 for i, j in pairs)
-    if s.name == "pref_ft":
-        return sum(-logp[i].sum() for i, _ in pairs)
-    chosen = {"rest": "selected_N", "binary_feedme": "good_N"}.get(s.name, "best_N")
-    loss = sum(-logp[i].sum() for i in valid if c[chosen][i])
-    if s.name == "best_of_n_negative":
-        loss += s.beta * sum(logp[i].sum() for i in valid if not c["best_N"][i] and above[i])
-    return loss
-
-
-def gate(c: dict[str, np.ndarray], s: ObjectiveConfig) -> np.ndarray:
-    return np.nanmean(np.where(c["valid_N"][:, None], c["logp_NL"], 0), 1) > s.floor
 
 
 @EACH
 def test_value_equals_numpy_reference(case: str) -> None:
     c, s = columns(), CASES[case]
-    expected = reference(c, s, gate(c, s))
-    assert abs(expected) > 0.1
+    expected = reference(c, s, c)
+    assert abs(expected) > 0.05
     assert loss_and_gradient(c, s)[0] == pytest.approx(expected, rel=1e-12)
 
 
 @EACH
 def test_gradient_equals_finite_differences_of_the_reference(case: str) -> None:
     c, s, step = columns(), CASES[case], 1e-6
-    above = gate(c, s)  # a gate has no gradient, so it stays where it was
     expected = np.zeros((G * C, L))
     for i, t in zip(*np.nonzero(c["mask_NL"]), strict=True):
         ends = []
         for sign in (1, -1):
             moved = {**c, "logp_NL": c["logp_NL"].copy()}
             moved["logp_NL"][i, t] += sign * step
-            ends.append(reference(moved, s, above))
+            ends.append(reference(moved, s, frozen=c))
         expected[i, t] = (ends[0] - ends[1]) / (2 * step)
     assert np.abs(expected).max() > 1e-3
     np.testing.assert_allclose(loss_and_gradient(c, s)[1], expected, atol=1e-7)
@@ -154,10 +55,21 @@ def test_gradient_equals_finite_differences_of_the_reference(case: str) -> None:
 
 def test_the_case_data_reach_both_sides_of_every_branch() -> None:
     c = columns()
-    log_ratio = np.where(c["mask_NL"], c["logp_NL"] - c["generator_logp_NL"], 0)
-    for ratio, epsilon in ((np.exp(log_ratio.sum(1)), 0.2), (np.exp(log_ratio), 0.3)):
-        assert (ratio > 1 + epsilon).any() and (ratio < 1 - epsilon).any()
-        assert (np.abs(ratio - 1) < epsilon).any()
+
+    def log_ratio(of: str, to: str) -> np.ndarray:
+        return np.where(c["mask_NL"], c[f"{of}logp_NL"] - c[f"{to}_logp_NL"], 0)
+
+    for column in ("generator", "proximal"):
+        log = log_ratio("", column)
+        for ratio, epsilon in ((np.exp(log.sum(1)), 0.2), (np.exp(log), 0.3)):
+            assert (ratio > 1 + epsilon).any() and (ratio < 1 - epsilon).any()
+            assert (np.abs(ratio - 1) < epsilon).any()
+    for of in ("", "proximal_"):
+        log = log_ratio(of, "generator")
+        for ratio in (np.exp(log.sum(1)[c["valid_N"]]), np.exp(log[c["mask_NL"]])):
+            assert (ratio > 1.1).any() and (ratio < 1.1).any()
+    kept = [unmasked(c, CASES["ppo sequence masked"], i) for i in np.flatnonzero(c["valid_N"])]
+    assert any(kept) and not all(kept)
     others = c["valid_N"] & ~c["best_N"]
     above = gate(c, CASES["best_of_n_negative"])
     assert above[others].any() and not above[others].all()
@@ -251,6 +163,38 @@ def test_ppo_has_zero_and_not_nan_gradient_where_a_clipped_ratio_overflows() -> 
     assert not x.logp_NL.grad.any()
 
 
+@pytest.mark.parametrize("ratio", Ratio)
+def test_decoupled_ppo_is_ppo_where_the_generator_is_the_proximal_policy(ratio: Ratio) -> None:
+    c = columns()
+    c["proximal_logp_NL"] = c["generator_logp_NL"]
+    loss, gradient = loss_and_gradient(c, ObjectiveConfig("ppo", ratio=ratio))
+    again = loss_and_gradient(c, ObjectiveConfig("ppo", ratio=ratio, proximal=DECOUPLED))
+    assert again[0] == loss
+    np.testing.assert_array_equal(again[1], gradient)
+
+
+@pytest.mark.parametrize("importance", [Importance.token, Importance.sequence])
+def test_a_capped_weight_is_finite_where_the_ratio_overflows(importance: Importance) -> None:
+    x = hand_pair()
+    x.generator_logp_NL = x.logp_NL.detach() - 1000.0
+    x.standardised_N = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    s = ObjectiveConfig("reinforce", importance=importance, importance_cap=2.0)
+    loss = load("reinforce").loss(x, s)
+    loss.backward()
+    assert loss.item() == pytest.approx(2.0 * (1.5 - 3.0))  # 2·(−log π(y_1) + log π(y_2))
+    np.testing.assert_allclose(x.logp_NL.grad, [[-2.0, -2.0], [2.0, 2.0]])
+
+
+def test_all_sequences_beyond_the_mask_ratio_contribute_nothing() -> None:
+    x = hand_pair()
+    x.generator_logp_NL = x.logp_NL.detach() + torch.tensor([[1000.0], [-1000.0]])
+    x.standardised_N = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    for name in ("ppo", "reinforce"):
+        loss = load(name).loss(x, ObjectiveConfig(name, mask_ratio=2.0))
+        loss.backward()
+        assert loss.item() == 0 and not x.logp_NL.grad.any()
+
+
 def test_equal_scores_make_no_pairs() -> None:
     x = replace(hand_pair(), score_N=torch.tensor([0.5, 0.5]))
     for name in ("dpo", "ipo", "pref_ft"):
@@ -260,6 +204,12 @@ def test_equal_scores_make_no_pairs() -> None:
 def test_a_missing_column_and_an_unknown_name_are_named() -> None:
     with pytest.raises(ValueError, match="generator_logp_NL"):
         load("ppo").loss(replace(hand_pair(), standardised_N=torch.ones(2)), ObjectiveConfig("ppo"))
+    with pytest.raises(ValueError, match="proximal_logp_NL"):
+        x = replace(hand_pair(), standardised_N=torch.ones(2))
+        load("ppo").loss(x, ObjectiveConfig("ppo", proximal=DECOUPLED))
+    for setting in ({"importance": Importance.token}, {"mask_ratio": 2.0}):
+        with pytest.raises(ValueError, match="generator_logp_NL"):
+            load("reinforce").loss(hand_pair(), ObjectiveConfig("reinforce", **setting))
     with pytest.raises(ValueError, match="did you mean best_of_n"):
         load("best_of")
 

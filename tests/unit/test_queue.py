@@ -16,7 +16,8 @@ from actors.rollout import (
     concatenate,
     offsets,
 )
-from learner.replay.queue import QueueError, ReplayQueue, TooManyFailures
+from learner.replay.line import QueueError, TooManyFailures
+from learner.replay.queue import ReplayQueue
 from learner.replay.staleness import Plan, plan
 from tests.harness import settings
 
