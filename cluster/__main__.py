@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[argparse.Namespace], int], help_: str):  # type: ignore[no-untyped-def]
         sub = commands.add_parser(name, help=help_, description=help_)
-        sub.set_defaults(run=run)
+        sub.set_defaults(command=run)
         return sub
 
     sub = command("train", _train, "run a preset")
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; what is wrong with its input is one line on stderr, exit status 2."""
     parsed = parser().parse_args(arguments)
     try:
-        return parsed.run(parsed)
+        return parsed.command(parsed)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
