@@ -13,6 +13,7 @@ import numpy as np
 from actors.engine import Request, RolloutEngine
 from actors.prompts import Prompt
 from actors.rollout import REWARD_FAILED, UNLABELLED, VALID, GroupId, Rollouts, Version
+from configs import faults
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,11 @@ class RolloutActor:
         self.queue = queue
         self.rewards = rewards
         self.reward_seconds = reward_seconds
-        self.seconds = {"wait": 0.0, "load": 0.0, "generate": 0.0, "score": 0.0, "put": 0.0}
+        self.seconds = {"lease": 0.0, "load": 0.0, "generate": 0.0, "score": 0.0, "put": 0.0}
 
     def run(self) -> dict[str, float]:
         """Serve until the run is over; returns the seconds spent on each part."""
-        while (lease := self._timed("wait", self.queue.lease, self.index)) is not None:
+        while (lease := self._timed("lease", self.queue.lease, self.index)) is not None:
             self._timed("load", self._take_weights, lease)
             requests = self._requests(lease)
             block = self._timed("generate", self.engine.generate, requests, "rollout")
@@ -97,10 +98,13 @@ class RolloutActor:
 
     def _timed(self, part: str, call: Any, *arguments: Any) -> Any:
         start = time.perf_counter()
+        faults.hit(f"actor.{part}.before")
         try:
-            return call(*arguments)
+            answer = call(*arguments)
         finally:
             self.seconds[part] += time.perf_counter() - start
+        faults.hit(f"actor.{part}.after")
+        return answer
 
 
 def score(block: Rollouts, rewards: RewardClient, timeout_s: float) -> None:

@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
+STOPPED = {"SIGINT": 130, "SIGTERM": 143}  # exit statuses, as a shell gives them
+
 
 def _train(arguments: argparse.Namespace) -> int:
     from cluster.progress import print_summary
@@ -14,7 +16,9 @@ def _train(arguments: argparse.Namespace) -> int:
     summary = train(config, preset_name(arguments.preset))
     print_summary(summary)
     print(f"report: {config.run.dir}/{summary['name']}/report.html")
-    return {"finished": 0, "stopped": 130}.get(summary["status"], 1)
+    if summary["status"] == "stopped":
+        return STOPPED.get(summary["recovery"]["signal"], 130)
+    return 0 if summary["status"] == "finished" else 1
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -1,33 +1,39 @@
 """The fleet of rollout actors: started, watched, restarted; what they were leased goes back."""
 
+import time
 from typing import Any
 
 import ray
 
 from actors.actor import RewardClient
 from cluster.remote import spawn
+from cluster.restarts import Restarts, reason
 from configs.schema import Config
 
 
 class FleetError(RuntimeError):
-    """An actor failed more often than `limits.actor_restarts` allows."""
+    """Actors that do not start, or fail more often than `limits.actor_restarts` allows."""
 
 
 class Fleet:
     """Starts `rollout.actors` actors and keeps that many alive."""
 
-    def __init__(self, config: Config, offline_path: str) -> None:
+    def __init__(self, config: Config, offline_path: str, fault_folder: str) -> None:
         self.config = config
-        self.offline_path = offline_path
-        self.restarts = 0
+        self.offline_path, self.fault_folder = offline_path, fault_folder
+        limits = config.limits
+        self.restarts = Restarts(
+            "rollout actors", "limits.actor_restarts", limits.actor_restarts, limits.backoff_seconds
+        )
         self.workers = {index: self._start(index) for index in range(config.rollout.actors)}
         self.running: dict[Any, int] = {}
+        self.due: dict[int, float] = {}  # when an actor is to be started again
 
     def _start(self, index: int) -> Any:
         resources = self.config.cluster
         return spawn(
             "cluster.rollout_worker:RolloutWorker", self.config, index, self.offline_path,
-            num_cpus=resources.actor_cpus, num_gpus=resources.actor_gpus,
+            self.fault_folder, num_cpus=resources.actor_cpus, num_gpus=resources.actor_gpus,
         )  # fmt: skip
 
     def wait_ready(self) -> None:
@@ -46,36 +52,48 @@ class Fleet:
     def serve(self, queue: Any, rewards: RewardClient) -> None:
         """Set all actors to work."""
         self.queue, self.rewards = queue, rewards
-        for index, worker in self.workers.items():
-            self.running[worker.call.remote("run", queue, rewards)] = index
+        for index in self.workers:
+            self._run(index)
 
-    def watch(self) -> list[str]:
-        """Restart actors that died; returns a line about each. FleetError when it is too often."""
+    def _run(self, index: int) -> None:
+        call = self.workers[index].call.remote("run", self.queue, self.rewards)
+        self.running[call] = index
+
+    def watch(self, leases: dict[str, float]) -> list[str]:
+        """End actors that hang, restart those that died; returns a line about each.
+
+        leases: seconds that each actor has had its oldest lease. FleetError when it is too often.
+        """
         lines = []
         for call in _done(self.running, 0.0):
             index = self.running.pop(call)
             try:
                 ray.get(call)
             except ray.exceptions.RayError as error:
-                lines.append(self._restart(index, error))
+                lines.append(self._restart(index, reason(error)))
+        limit = self.config.limits.lease_seconds
+        for call, index in list(self.running.items()):
+            if leases.get(str(index), 0.0) > limit:
+                del self.running[call]
+                lines.append(self._restart(index, f"no answer to a lease for {limit:g} s"))
+        for index in [i for i, when in self.due.items() if when <= time.monotonic()]:
+            del self.due[index]
+            self.workers[index] = self._start(index)
+            self._run(index)
         return lines
 
-    def _restart(self, index: int, error: Exception) -> str:
-        self.restarts += 1
-        why = (str(error).strip().splitlines() or [type(error).__name__])[-1][:300]
-        if self.restarts > self.config.limits.actor_restarts:
-            raise FleetError(
-                f"rollout actor {index} failed and limits.actor_restarts="
-                f"{self.config.limits.actor_restarts} are used up: {why}"
-            )
+    def _restart(self, index: int, why: str) -> str:
+        """End an actor for good, give its leases back, and note when the next one starts."""
+        pause = self.restarts.count(why)
         ray.kill(self.workers[index])
-        released = ray.get(
+        released, quarantined = ray.get(
             self.queue.release.remote(index), timeout=self.config.limits.wait_seconds
         )
-        self.workers[index] = self._start(index)
-        again = self.workers[index].call.remote("run", self.queue, self.rewards)
-        self.running[again] = index
-        return f"rollout actor {index} restarted, {released} lease(s) issued again: {why}"
+        self.due[index] = time.monotonic() + pause
+        line = f"rollout actor {index} restarted, {released} lease(s) issued again: {why}"
+        if quarantined:
+            line += f"; its prompt at position {quarantined[0]} is quarantined"
+        return line
 
     def finish(self, seconds: float) -> dict[int, dict[str, float]]:
         """Wait for actors to see that the run is over; seconds spent per part, by actor."""

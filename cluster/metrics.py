@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from learner import cells
 from learner.cells import StepRecord
@@ -42,6 +42,8 @@ METRICS = (
     Metric("rollouts_in_flight", "rollouts", "leased to actors when the batch was frozen"),
     Metric("retired_total", "rollouts", "retired so far, by reason"),
     Metric("weight_sync_seconds", "s", "reading out and publishing new weights"),
+    Metric("checkpoint_stall_seconds", "s", "what a checkpoint took from the step that it ended"),
+    Metric("actor_restarts_total", "restarts", "of rollout actors, so far"),
     Metric("tokens_per_second", "tokens/s", "response tokens consumed over the step's whole time"),
     Metric(
         "learner_idle_fraction", "fraction", "share of the step's time spent waiting for a batch"
@@ -71,6 +73,7 @@ def merge(ranks: Sequence[StepRecord]) -> dict[str, Any]:
         "engine_mismatch_kl": cells.engine_mismatch(merged),
         **first.queue,
         "weight_sync_seconds": seconds["publish"],
+        "checkpoint_stall_seconds": seconds.get("checkpoint") or None,
         "tokens_per_second": index["tokens"] / seconds["all"],
         "learner_idle_fraction": seconds["wait"] / seconds["all"],
         "cells": cells.table(merged),
@@ -96,9 +99,10 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file: TextIO = path.open("w", encoding="utf-8")
+        self._file: BinaryIO = path.open("ab")
         self._lines: list[dict[str, Any]] = []
         self._awaited: set[int] = set()
+        self._ends: list[tuple[int, int]] = [(0, 0)]  # step, and where the file ended after it
 
     def add(self, line: dict[str, Any], evaluated: bool) -> None:
         """Take a step's line; `evaluated` ones wait for `complete`."""
@@ -118,11 +122,28 @@ class MetricsFile:
     def _write(self) -> None:
         ready = 0
         while ready < len(self._lines) and self._lines[ready]["step"] not in self._awaited:
-            self._file.write(json.dumps(self._lines[ready]) + "\n")
+            line = self._lines[ready]
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._ends.append((line["step"], self._file.tell()))
             ready += 1
         if ready:
             del self._lines[:ready]
             self._file.flush()
+
+    def end_of(self, step: int) -> int | None:
+        """Bytes of the file up to this step; None while its line, or one before, is held back."""
+        if self._lines and self._lines[0]["step"] <= step:
+            return None
+        before = [i for i, (known, _) in enumerate(self._ends) if known <= step]
+        del self._ends[: before[-1]]  # no earlier one is asked for again
+        return self._ends[0][1]
+
+    def cut(self, step: int, size: int) -> None:
+        """Back to where the file ended after this step."""
+        self._lines, self._awaited = [], set()
+        self._file.truncate(size)
+        self._file.seek(size)
+        self._ends = [(step, size)]
 
     def close(self) -> None:
         """Write what is held back, evaluated or not."""

@@ -1,22 +1,27 @@
-"""The parts of a run as processes: started together, asked, and ended whatever happened."""
+"""The parts of a run as processes: started together, asked, brought back, and ended."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
 
-from actors.rollout import Version
+from cluster.evaluations import Evaluations
 from cluster.fleet import Fleet
 from cluster.remote import spawn
 from cluster.run_directory import RunDirectory
-from configs.objectives import TABLE
 from configs.schema import Config, DataSource, EngineKind
 from learner.replay import service as queue_service
-from learner.replay.staleness import plan
 from reward_server.service import RewardService, deploy
 
 EXIT_SECONDS = 10.0
 EXPORT_SECONDS = 120.0
+
+Restored = tuple[str, int, int]  # a checkpoint's folder, the lineage from it on, its batch
+
+
+class QueueSilent(RuntimeError):
+    """The queue's process does not answer."""
 
 
 class Parts:
@@ -30,55 +35,72 @@ class Parts:
     ) -> None:
         self.config, self.directory, self.say = config, directory, say
         self.own_cluster = own_cluster
+        self.faults = str(directory.faults.resolve())
         self.learners: list[Any] = []
         self.queue: Any = None
-        self.evaluator: Any = None
+        self._evaluations: Evaluations | None = None
         self.fleet: Fleet | None = None
         self.rewards: RewardService | None = None
 
-    def start(self) -> Any:
-        """Bring everything up; returns the reference to version 0's weights."""
+    def start(self, checkpoint: Path | None) -> int:
+        """Bring everything up, from a checkpoint if one is given; returns the batch to go on with.
+
+        Nothing is generated until `serve`.
+        """
         config, limits = self.config, self.config.limits
         offline = config.data.source is DataSource.offline
         offline_path = (config.data.path or str(self.directory.offline_data)) if offline else ""
         self.say("starting learner, rollout actors, evaluator and reward service")
-        ranks = self._start_learners()
-        self.fleet = Fleet(config, offline_path)
-        self.evaluator = spawn("cluster.evaluate:Evaluator", config, num_cpus=0)
+        journal = self.directory.journal if config.checkpoints else None
+        self.queue = queue_service.start(config, journal, self.directory.faults)
+        restored = self.roll_back(checkpoint, actors_died=True) if checkpoint else None
+        ranks = self.start_learners(restored)
+        self.fleet = Fleet(config, offline_path, self.faults)
+        self._evaluations = Evaluations(config)
         self.rewards = deploy(
             config.reward, f"reward-{self.directory.name}", limits.startup_seconds,
             limits.wait_seconds, config.cluster.threads,
         )  # fmt: skip
         if self.rewards.notice:
             self.say(self.rewards.notice)
-        initial = ray.get(ranks, timeout=limits.startup_seconds)[0][0]
-        # Not waited for: evaluations queue up behind it, while training begins.
-        self.evaluator.call.remote("start", self.rewards.client, initial)
-        if offline and not config.data.path:
+        reference, self.current = self.begun(ranks)
+        self.evaluations.start(self.rewards.client, reference)
+        if offline and not config.data.path and not self.directory.offline_data.exists():
             self.say(f"sampling {config.data.prompts} groups from π_ref")
-            made = self.evaluator.call.remote("sample_dataset", initial, offline_path)
-            ray.get(made, timeout=limits.startup_seconds)
+            self.evaluations.sample_dataset(reference, offline_path)
         if config.rollout.engine is EngineKind.vllm and not offline:
             self.say("waiting for vLLM, which takes about 30 s to start")
         self.fleet.wait_ready()
-        return initial
+        return restored[2] if restored else 0
 
-    def _start_learners(self) -> list[Any]:
-        config, limits = self.config, self.config.limits
-        resources = config.cluster
+    def roll_back(self, checkpoint: Path, actors_died: bool) -> Restored:
+        """Take the queue back to a checkpoint."""
+        folder = str(checkpoint.resolve())
+        call = self.queue.roll_back.remote(folder, actors_died)
+        lineage, batch = ray.get(call, timeout=self.config.limits.startup_seconds)
+        return folder, lineage, batch
+
+    def start_learners(self, restored: Restored | None) -> list[Any]:
+        """Start every rank, ending those there are; returns the calls that bring them up."""
+        for worker in self.learners:
+            ray.kill(worker)
+        config, resources = self.config, self.config.cluster
         self.learners = [
             spawn(
-                "learner.worker:LearnerWorker", config, rank,
+                "learner.worker:LearnerWorker", config, rank, self.faults,
                 num_cpus=resources.learner_cpus, num_gpus=resources.learner_gpus,
             )
             for rank in range(config.learner.ranks)
         ]  # fmt: skip
-        self.queue = queue_service.start(
-            plan(config), config.learner.ranks, TABLE[config.objective.name].min_valid,
-            limits.failure_rate, limits.failure_window, limits.wait_seconds,
-        )  # fmt: skip
         master = self.learners[0].call.remote("address")
-        return [worker.call.remote("start", master, self.queue) for worker in self.learners]
+        return [
+            worker.call.remote("start", master, self.queue, restored) for worker in self.learners
+        ]
+
+    def begun(self, ranks: list[Any]) -> tuple[Any, Any]:
+        """References to π_ref's weights and to those that the learner begins with."""
+        answers = ray.get(ranks, timeout=self.config.limits.startup_seconds)
+        return answers[0][0], answers[0][1]
 
     def serve(self) -> None:
         """Set the rollout actors to work."""
@@ -86,16 +108,52 @@ class Parts:
         self.fleet.serve(self.queue, self.rewards.client)
 
     @property
+    def evaluations(self) -> Evaluations:
+        """The evaluator; there from `start` on."""
+        assert self._evaluations is not None
+        return self._evaluations
+
+    @property
+    def actor_restarts(self) -> int:
+        return self.fleet.restarts.number if self.fleet else 0
+
+    @property
+    def evaluator_restarts(self) -> int:
+        return self._evaluations.restarts.number if self._evaluations else 0
+
+    @property
     def serving(self) -> bool:
-        return self.fleet is not None and bool(self.fleet.running)
+        return self.fleet is not None and bool(self.fleet.running or self.fleet.due)
 
-    def train(self, batches: int) -> list[Any]:
-        """One call to every rank, for so many batches."""
-        return [worker.call.remote("train", batches) for worker in self.learners]
+    def train(self, batches: int, folder: str) -> list[Any]:
+        """One call to every rank, for so many batches, with a checkpoint after the last."""
+        return [worker.call.remote("train", batches, folder) for worker in self.learners]
 
-    def evaluate(self, version: Version, weights: Any, number: int) -> Any:
-        """The call that evaluates these weights (an object reference)."""
-        return self.evaluator.call.remote("evaluate", version, weights, number)
+    def save(self, batch: int, folder: str) -> None:
+        """Begin a checkpoint now, between batches; returns when every part has its cut."""
+        calls = [worker.call.remote("save", folder) for worker in self.learners]
+        limit = self.config.limits.wait_seconds
+        ray.get([*calls, self.queue.cut.remote(batch, folder)], timeout=limit)
+
+    def written(self, batch: int, folder: str) -> list[Any]:
+        """Calls that come back once a checkpoint's parts are written."""
+        seconds = self.config.limits.stall_seconds
+        calls = [worker.call.remote("written", seconds) for worker in self.learners]
+        return [*calls, self.queue.written.remote(batch, folder)]
+
+    def covered(self, batch: int) -> None:
+        """Nothing will be undone past this batch."""
+        self.queue.covered.remote(batch)
+
+    def status(self) -> dict[str, Any]:
+        """The queue's `status`. A queue that does not answer is ended, for Ray to restart."""
+        seconds = self.config.limits.wait_seconds
+        try:
+            status: dict[str, Any] = ray.get(self.queue.status.remote(), timeout=seconds)
+        except ray.exceptions.GetTimeoutError as error:
+            ray.kill(self.queue, no_restart=False)
+            raise QueueSilent(f"the queue did not answer for {seconds:g} s: ended") from error
+        return status
 
     def close_queue(self) -> None:
         """Tell actors and ranks that the run is over; they come back with what they have."""
@@ -123,7 +181,8 @@ class Parts:
         if self.own_cluster:
             return
         workers = [*self.learners, *(self.fleet.workers.values() if self.fleet else ())]
-        for actor in [*workers, self.queue, self.evaluator]:
+        evaluator = self._evaluations.evaluator if self._evaluations else None
+        for actor in [*workers, self.queue, evaluator]:
             if actor is not None:
                 ray.kill(actor)
 

@@ -8,14 +8,16 @@ from actors.engine import RolloutEngine
 from actors.in_flight import InFlightActor
 from actors.torch_engine import TorchEngine
 from cluster import inputs
+from configs import faults
 from configs.schema import Config, EngineKind, UpdateKind
-from learner.replay.service import ActorQueue
+from learner.replay.clients import ActorQueue
 
 
 class RolloutWorker:
     """Builds the engine early, serves once it knows whom. Runs as a Ray actor."""
 
-    def __init__(self, config: Config, index: int, offline_path: str) -> None:
+    def __init__(self, config: Config, index: int, offline_path: str, fault_folder: str) -> None:
+        faults.install(config.cluster.faults, fault_folder)
         self.config = config
         self.index = index
         self.offline_path = offline_path

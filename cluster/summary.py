@@ -23,6 +23,7 @@ class Tally:
         self.last_cells: cells.Cells = {}
         self.evaluations: list[tuple[int, dict[str, Any]]] = []
         self.actors: dict[int, dict[str, float]] = {}
+        self._before, self._batches_before = 0.0, 0  # seconds and batches before a resume
         self._began = self._ended = time.monotonic()
 
     def begin(self) -> None:
@@ -35,11 +36,11 @@ class Tally:
 
     @property
     def seconds(self) -> float:
-        return max(1e-9, self._ended - self._began)
+        return max(1e-9, self._before + self._ended - self._began)
 
     def rate(self) -> float:
-        """Batches per second so far."""
-        return self.batches / max(1e-9, time.monotonic() - self._began)
+        """Batches per second since it began, or was restored."""
+        return (self.batches - self._batches_before) / max(1e-9, time.monotonic() - self._began)
 
     def add(self, ranks: Sequence[StepRecord]) -> None:
         """Take all ranks' records of a batch."""
@@ -57,14 +58,49 @@ class Tally:
             self.reward_count += first.index["rollouts"]
         self.parts.update(first.seconds)
 
+    def state(self) -> dict[str, Any]:
+        """All of it as plain data, for a checkpoint."""
+        now = {name: getattr(self, name) for name in _SUMS}
+        return now | {
+            "cells": _cells_tree(self.cells),
+            "last_cells": _cells_tree(self.last_cells),
+            "parts": dict(self.parts),
+            "evaluations": [list(e) for e in self.evaluations],
+            "seconds": self._before + time.monotonic() - self._began,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what `state` gave."""
+        for name in _SUMS:
+            setattr(self, name, state[name])
+        self.cells = _cells_from(state["cells"])
+        self.last_cells = _cells_from(state["last_cells"])
+        self.parts = Counter(state["parts"])
+        self.evaluations = [(step, result) for step, result in state["evaluations"]]
+        self._before, self._batches_before = state["seconds"], self.batches
+        self._began = time.monotonic()
+
     def evaluated(self, step: int, result: dict[str, Any]) -> None:
         """Take an evaluation's result."""
         self.evaluations.append((step, result))
 
 
+_SUMS = (
+    "steps", "skipped", "batches", "tokens", "rollouts", "mismatches", "reward_sum", "reward_count",
+)  # fmt: skip
+
+
+def _cells_tree(table: cells.Cells) -> list[Any]:
+    return [[*cell, sums] for cell, sums in table.items()]
+
+
+def _cells_from(tree: list[Any]) -> cells.Cells:
+    return {(age, reuse): sums for age, reuse, sums in tree}
+
+
 def summarise(
     config: Config, preset: str, name: str, status: str, failure: str | None, tally: Tally,
-    queue: dict[str, Any], wall_seconds: float,
+    queue: dict[str, Any], wall_seconds: float, recovery: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """summary.json: KL to the generator is the run's mean, KL to π_ref the last batch's."""
     whole = cells.finish(cells.total(tally.cells))
@@ -109,5 +145,6 @@ def summarise(
             part: tally.parts[part] / max(1, tally.batches) for part in ("wait", "step", "publish")
         },
         "actor_seconds": tally.actors,
+        "recovery": recovery,
         "cells": cells.table(tally.cells),
     }

@@ -1,24 +1,31 @@
 """A training run: start the parts, let the learner consume, write down what happens.
 
 The driver moves no payload. It asks the learner ranks for a number of batches at a time, writes
-their records as metrics, hands versions to the evaluator, and watches over the actors.
+their records as metrics, hands versions to the evaluator, watches over the parts, and goes back to
+the last checkpoint where the learner dies.
 """
 
-import json
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.rollout import Version
 from cluster import connection, inputs, run_directory, summary
-from cluster.metrics import MetricsFile, merge
+from cluster.books import Books
+from cluster.checkpoints import Checkpoints, driver_state
 from cluster.parts import Parts
 from cluster.progress import Progress
+from cluster.restarts import Restarts, reason
 from cluster.run_directory import RunDirectory
+from cluster.saver import Saver
+from cluster.watchdog import Unrecoverable, Watchdog, is_fatal
 from configs.schema import Config
 from learner.cells import StepRecord
 
@@ -53,6 +60,15 @@ def describe(config: Config) -> str:
     )
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A call to every rank: how many batches, and the checkpoint that the last one ends."""
+
+    count: int = 0
+    folder: str = ""
+    calls: list[Any] = field(default_factory=list)
+
+
 class Run:
     """One run's parts and progress."""
 
@@ -61,13 +77,19 @@ class Run:
         started: float, own_cluster: bool,
     ) -> None:  # fmt: skip
         self.config, self.preset, self.directory = config, preset, directory
-        self.progress, self.started = progress, started
-        self.parts = Parts(config, directory, progress.message, own_cluster)
-        self.metrics = MetricsFile(directory.metrics)
-        self.tally = summary.Tally()
-        self.evaluations: dict[Any, tuple[int, int]] = {}  # call → step, number
-        self.evaluated = 0
-        self.stop_asked = False
+        self.progress, self.started, self.say = progress, started, progress.message
+        self.parts = Parts(config, directory, self.say, own_cluster)
+        self.books = Books(config, directory, progress)
+        self.checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep)
+        self.saver = Saver(config, self.checkpoints, self.parts, self.say, self._complete_state)
+        self.watchdog = Watchdog(config, self.parts, self.saver, directory, self.say)
+        self.resumed_at = 0
+        self.signal: int | None = None
+        limits = config.limits
+        self.restarts = Restarts(
+            "the learner", "limits.learner_restarts", limits.learner_restarts,
+            limits.backoff_seconds,
+        )  # fmt: skip
 
     def complete(self) -> dict[str, Any]:
         """Start, train and finish; whatever happens, the summary is written and nothing is left."""
@@ -76,12 +98,12 @@ class Run:
             try:
                 self._start()
                 self._train()
-                status = "stopped" if self.stop_asked else "finished"
+                status = "stopped" if self.signal else "finished"
             except KeyboardInterrupt:
                 status = "stopped"
             except Exception as error:
-                failure = plain(error)
-                self.progress.message(f"failed: {failure}")
+                failure = reason(error)
+                self.say(f"failed: {failure}")
             finally:
                 out = self._finish(status, failure)
         return out
@@ -91,12 +113,12 @@ class Run:
         """Ctrl-C and SIGTERM stop after the batches in hand; a second one at once."""
 
         def ask(number: int, _: Any) -> None:
-            if self.stop_asked:
+            if self.signal:
                 raise KeyboardInterrupt
-            self.stop_asked = True
+            self.signal = number
             if not self.parts.serving:
                 raise KeyboardInterrupt
-            self.progress.message(f"{signal.Signals(number).name}: stopping")
+            self.say(f"{signal.Signals(number).name}: stopping after a checkpoint")
 
         before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -106,120 +128,119 @@ class Run:
                 signal.signal(which, handler)
 
     def _start(self) -> None:
-        initial = self.parts.start()
-        self._evaluate(0, [initial])
+        self.checkpoints.clean()
+        begin = self.checkpoints.newest(self.say)
+        self.resumed_at = self.parts.start(begin)
+        if begin is not None:
+            self.say(f"resumed from {begin.name}")
+            self._take_state(begin)
+        else:
+            self.books.begin()
+            self.parts.evaluations.ask(Version(0, 0), self.parts.current)
         self.parts.serve()
-        self.progress.message(f"ready after {time.monotonic() - self.started:.1f} s")
-        self.tally.begin()
+        self.say(f"ready after {time.monotonic() - self.started:.1f} s")
+        self._checkpoint_now()
+
+    def _checkpoint_now(self) -> None:
+        state = self.books.state(self.parts.evaluations)
+        self.saver.now(self.books.batch, self.books.step, state)
+
+    def _complete_state(self, step: int, state: dict[str, Any]) -> dict[str, Any] | None:
+        return self.books.complete(step, state, self.parts.evaluations)
 
     def _train(self) -> None:
-        asked, rate, asked_at = 0, 0.0, 0.0
-        samples = self.directory.samples.open("w", encoding="utf-8")
-        pending: list[Any] = []
-        with samples:
-            while pending or (asked < self.config.learner.updates and not self.stop_asked):
-                if not pending:
-                    asked, pending = self._ask(asked, rate)
-                    asked_at = time.monotonic()
-                done, _ = ray.wait(pending, num_returns=len(pending), timeout=POLL_SECONDS)
-                self._watch()
-                if self.stop_asked:
-                    self.parts.close_queue()
-                if len(done) < len(pending):
-                    self._raise_failures(done, len(pending) - len(done), asked_at)
-                    continue
-                ranks = ray.get(pending)
-                if len(ranks[0]) < self._chunk:
-                    self.stop_asked = True
-                rate = self.tally.rate()
-                asked, pending = self._ask(asked, rate)
-                asked_at = time.monotonic()
-                for records in zip(*ranks):
-                    self._record(records, samples)
-        self._collect_evaluations(self.config.limits.wait_seconds)
+        lost = ""  # why the learner is to be started again
+        while lost or (self.books.batch < self.config.learner.updates and not self.signal):
+            try:
+                if lost:
+                    self._go_back(lost)
+                lost = ""
+                self._train_lineage()
+            except Exception as error:
+                if self.signal or not self.config.checkpoints or is_fatal(error):
+                    raise
+                lost = reason(error)
+        limit = self.config.limits.wait_seconds
+        self.books.evaluated(self.parts.evaluations.wait(limit))
+        if self.signal:
+            self.saver.wait(limit)
+            self._checkpoint_now()
+        self.saver.wait(limit)
 
-    def _ask(self, asked: int, rate: float) -> tuple[int, list[Any]]:
+    def _train_lineage(self) -> None:
+        """Ask for batches until all are done or a stop is asked for."""
+        asked = self._ask(self.books.batch)
+        while asked.calls:
+            done, _ = ray.wait(asked.calls, num_returns=len(asked.calls), timeout=POLL_SECONDS)
+            self._watch()
+            if self.signal:
+                self.parts.close_queue()
+            if len(done) < len(asked.calls):
+                for call in done:  # one rank's failure ends the wait for the others
+                    ray.get(call)
+                continue
+            ranks = ray.get(asked.calls)
+            before, asked = asked, self._ask(self.books.batch + len(ranks[0]))
+            for records in zip(*ranks):
+                self._record(records)
+            if len(ranks[0]) == before.count:
+                state = self.books.state(self.parts.evaluations)
+                self.saver.took(before.folder, self.books.batch, self.books.step, state)
+
+    def _ask(self, batch: int) -> _Asked:
         """The next call to every rank, or none where all is asked for or a stop is."""
-        left = self.config.learner.updates - asked
-        if left <= 0 or self.stop_asked:
-            return asked, []
-        self._chunk = min(left, max(FIRST_CHUNK, int(rate * CHUNK_SECONDS)))
-        return asked + self._chunk, self.parts.train(self._chunk)
-
-    def _raise_failures(self, done: list[Any], missing: int, asked_at: float) -> None:
-        """One rank's failure ends the wait for the others, and so does too long a silence."""
-        for call in done:
-            ray.get(call)
-        allowed = self._chunk * self.config.limits.step_seconds
-        if time.monotonic() - asked_at > allowed:
-            raise TimeoutError(
-                f"{missing} learner rank(s) not back with {self._chunk} batches in {allowed:.0f} s"
-            )
+        left = self.config.learner.updates - batch
+        if left <= 0 or self.signal:
+            return _Asked()
+        count = min(left, max(FIRST_CHUNK, int(self.books.tally.rate() * CHUNK_SECONDS)))
+        folder = self.saver.folder_for(batch + count)
+        return _Asked(count, folder, self.parts.train(count, folder))
 
     def _watch(self) -> None:
-        assert self.parts.fleet is not None
-        for line in self.parts.fleet.watch():
-            self.progress.message(line)
-        self._collect_evaluations(0.0)
+        self.watchdog.look()
+        self.books.evaluated(self.parts.evaluations.take())
+        self.saver.poll()
 
-    def _record(self, ranks: tuple[StepRecord, ...], samples: Any) -> None:
-        first = ranks[0]
-        self.tally.add(ranks)
-        for sample in first.samples:
-            samples.write(json.dumps(sample) + "\n")
-        samples.flush()
-        if first.stepped:
-            line = merge(ranks) | {"skipped_total": self.tally.skipped}
-            self._check_mismatch(line)
-            self.metrics.add(line, evaluated=first.weights is not None)
-            self.progress.update(line)
-        else:
-            self.progress.message(f"batch {first.batch}: not finite, its step is skipped")
-        if first.weights is not None:
-            self._evaluate(first.version.step, first.weights)
+    def _record(self, ranks: tuple[StepRecord, ...]) -> None:
+        self.books.record(ranks, {"actor_restarts_total": self.parts.actor_restarts})
+        if ranks[0].weights is not None:
+            self.parts.evaluations.ask(ranks[0].version, ranks[0].weights[0])
 
-    def _check_mismatch(self, line: dict[str, Any]) -> None:
-        """Law 3: say loudly, once, that weights did not arrive; count the steps that show it."""
-        limit, kl = self.config.limits.engine_mismatch_kl, line.get("engine_mismatch_kl")
-        if limit is not None and kl is not None and kl > limit:
-            self.tally.mismatches += 1
-            if self.tally.mismatches == 1:
-                self.progress.message(
-                    f"WEIGHTS DID NOT ARRIVE: engine_mismatch_kl {kl:.2g} nats/token at step "
-                    f"{line['step']}, over limits.engine_mismatch_kl={limit:g}: rollouts were not "
-                    "made by the weights whose version they carry"
-                )
-        line["engine_mismatch_alarms_total"] = self.tally.mismatches
+    def _go_back(self, why: str) -> None:
+        """The learner is gone: all ranks again, from the last checkpoint, under a new lineage."""
+        pause = self.restarts.count(why)
+        self.say(f"the learner is started again: {why}")
+        self.saver.start_over(self.books.batch)
+        time.sleep(pause)
+        checkpoint = self.checkpoints.newest(self.say)
+        if checkpoint is None:
+            raise Unrecoverable(f"{why}; there is no checkpoint to go back to")
+        restored = self.parts.roll_back(checkpoint, actors_died=False)
+        reference, _ = self.parts.begun(self.parts.start_learners(restored))
+        self._take_state(checkpoint)
+        self.parts.evaluations.go_back(self.books.step, reference)
+        self.say(f"gone back to {checkpoint.name}, lineage {restored[1]}")
 
-    def _evaluate(self, step: int, weights: list[Any]) -> None:
-        call = self.parts.evaluate(Version(0, step), weights[0], self.evaluated)
-        self.evaluations[call] = (step, self.evaluated)
-        self.evaluated += 1
-
-    def _collect_evaluations(self, seconds: float) -> None:
-        calls = list(self.evaluations)
-        done, late = ray.wait(calls, num_returns=len(calls), timeout=seconds) if calls else ([], [])
-        if late and seconds:
-            raise TimeoutError(
-                f"no evaluation of step {self.evaluations[late[0]][0]} in {seconds:.0f} s"
-            )
-        for call in sorted(done, key=lambda c: self.evaluations[c][1]):
-            step, _ = self.evaluations.pop(call)
-            result = ray.get(call)
-            self.tally.evaluated(step, result)
-            self.metrics.complete(step, result)
-            self.progress.update({"step": step, **result})
+    def _take_state(self, checkpoint: Path) -> None:
+        """The driver's part of a checkpoint."""
+        state = driver_state(checkpoint)
+        self.books.restore(state)
+        self.saver.start_over(self.books.batch)
+        self.parts.evaluations.asked = state["evaluations"]
 
     def _finish(self, status: str, failure: str | None) -> dict[str, Any]:
         """Write what there is, end every process of the run."""
-        self.tally.end()
-        queue, self.tally.actors = self.parts.end_serving()
-        if status != "failed" and self.tally.steps:
-            self.parts.export(self.tally.steps)
-        self.metrics.close()
+        tally = self.books.tally
+        tally.end()
+        queue, tally.actors = self.parts.end_serving()
+        if status != "failed" and self.books.step:
+            self.parts.export(self.books.step)
+        self.books.close()
+        if status == "finished":
+            shutil.rmtree(self.directory.journal, ignore_errors=True)
         out = summary.summarise(
-            self.config, self.preset, self.directory.name, status, failure, self.tally, queue,
-            time.monotonic() - self.started,
+            self.config, self.preset, self.directory.name, status, failure, tally, queue,
+            time.monotonic() - self.started, self._recovery(),
         )  # fmt: skip
         self.directory.write_summary(out)
         self.parts.end()
@@ -227,17 +248,25 @@ class Run:
         self.progress.close()
         return out
 
+    def _recovery(self) -> dict[str, Any]:
+        """What was brought back, for the summary."""
+        return {
+            "signal": signal.Signals(self.signal).name if self.signal else None,
+            "resumed_at": self.resumed_at,
+            "lineage": self.books.lineage,
+            "checkpoints": self.saver.written,
+            "checkpoint_stall_seconds": self.books.tally.parts["checkpoint"],
+            "restarts": {
+                "actors": self.parts.actor_restarts,
+                "learner": self.restarts.number,
+                "evaluator": self.parts.evaluator_restarts,
+            },
+        }
+
     def _report(self) -> None:
         from cluster import report  # matplotlib, which start-up need not wait for
 
         try:
             report.write(self.directory.path)
         except Exception as error:  # a page that cannot be drawn does not undo a run
-            self.progress.message(f"report.html was not written: {plain(error)}")
-
-
-def plain(error: BaseException) -> str:
-    """An error in one line, Ray's wrapping taken off."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1] if lines else ''}"[:500]
+            self.say(f"report.html was not written: {reason(error)}")

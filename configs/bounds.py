@@ -51,12 +51,14 @@ _GROUPS: dict[Bound, str] = {
         replay.samples_per_round replay.inner_epochs data.prompts learner.minibatch
         learner.updates learner.ranks rollout.vllm.max_sequences eval.samples
         rollout.concurrent_leases limits.failure_window cluster.threads
-        objective.importance_cap""",
+        objective.importance_cap checkpoint.keep limits.prompt_attempts""",
     _ZERO_UP: """run.samples_per_round policy.bandit.seed prompts.count prompts.max_tokens
         replay.max_age replay.lag learner.micro_batch learner.warmup learner.weight_decay
         learner.max_grad_norm eval.every limits.actor_restarts cluster.actor_cpus
         rollout.vllm.kv_cache_gib
-        cluster.learner_cpus cluster.learner_gpus cluster.actor_gpus""",
+        cluster.learner_cpus cluster.learner_gpus cluster.actor_gpus checkpoint.every
+        checkpoint.seconds limits.backoff_seconds limits.learner_restarts limits.queue_restarts
+        limits.evaluator_restarts""",
     _FRACTION: "objective.quantile_start objective.quantile_end learner.beta1 learner.beta2",
     _over_zero(1.0): "rollout.temperature",
     _over_zero(0.4): "policy.bandit.scale",
@@ -68,7 +70,9 @@ _GROUPS: dict[Bound, str] = {
     _over_zero(120.0): "limits.wait_seconds",
     _over_zero(1e-5): "limits.engine_mismatch_kl",
     _over_zero(300.0): "limits.startup_seconds",
-    _over_zero(600.0): "limits.step_seconds",
+    _over_zero(512.0): "checkpoint.journal_mib",
+    _over_zero(600.0): "limits.step_seconds limits.lease_seconds",
+    _over_zero(900.0): "limits.stall_seconds",
     Bound(0, 1, open_low=True, open_high=True, inside=0.2): "objective.epsilon",
     Bound(0, 1, open_low=True, inside=0.5): "limits.failure_rate",
     Bound(1, open_low=True, inside=2.0): "objective.mask_ratio",

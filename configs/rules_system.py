@@ -5,6 +5,7 @@ Each rule raises ConfigError with a concrete fix.
 
 import re
 
+from configs import faults
 from configs.bounds import Rule, near, set_to
 from configs.errors import ConfigError
 from configs.schema import (
@@ -106,6 +107,15 @@ def reward_function_is_named(config: Config) -> None:
         raise ConfigError("reward.path", path, "is called by reward.kind=function only", fix)
 
 
+def faults_are_known(config: Config) -> None:
+    """`cluster.faults` names points and kinds that there are."""
+    try:
+        faults.parse(config.cluster.faults)
+    except ValueError as error:
+        fix = f"kinds are {', '.join(faults.KINDS)}; points are in configs/faults.py"
+        raise ConfigError("cluster.faults", config.cluster.faults, str(error), fix) from error
+
+
 def run_name_is_a_file_name(config: Config) -> None:
     """A run's name is safe as a directory of `run.dir`."""
     name = config.run.name
@@ -124,4 +134,5 @@ SYSTEM_RULES: tuple[Rule, ...] = (
     bandit_contexts_are_tokens,
     reward_function_is_named,
     run_name_is_a_file_name,
+    faults_are_known,
 )

@@ -77,6 +77,12 @@ class RateSchedule(Enum):
     cosine = "cosine"
 
 
+class Resume(Enum):
+    auto = "auto"
+    changed = "changed"
+    never = "never"
+
+
 class Precision(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -230,15 +236,33 @@ class EvalConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """When a run can be gone on with. With neither `every` nor `seconds` there is no journal, and
+    what dies is not brought back."""
+
+    every: int = 0  # updates; 0: not by their number
+    seconds: float = 60.0  # 0: not by time
+    keep: int = 2  # the newest ones
+    journal_mib: float = 512.0  # of rollouts since the last one, before the next is made
+
+
+@dataclass
 class LimitsConfig:
     """No wait without a limit, no failure without a count."""
 
-    wait_seconds: float = 120.0
+    wait_seconds: float = 120.0  # for an answer
     startup_seconds: float = 300.0
-    step_seconds: float = 600.0  # for one batch, before the run stops and says so
+    lease_seconds: float = 600.0  # for a lease, before its actor is taken to hang
+    step_seconds: float = 600.0  # for one batch, before the learner is taken to hang
+    stall_seconds: float = 900.0  # without any progress, before the run stops and says so
+    backoff_seconds: float = 0.5  # before a restart; twice as long each time, at most 30 s
     failure_rate: float = 0.5  # of the last `failure_window` rollouts; above it the run stops
     failure_window: int = 200
-    actor_restarts: int = 3
+    actor_restarts: int = 5  # of all rollout actors together
+    learner_restarts: int = 3
+    queue_restarts: int = 5
+    evaluator_restarts: int = 3
+    prompt_attempts: int = 3  # deaths of actors on one prompt, before it is quarantined
     engine_mismatch_kl: float | None = None  # nats/token, above it the run warns; None: by dtype
 
 
@@ -251,13 +275,19 @@ class ClusterConfig:
     learner_gpus: float = 0.0
     actor_gpus: float = 0.0
     threads: int = 1  # per process; small models are slower with two
+    faults: str = ""  # faults on purpose, `configs.faults`; for tests of reliability
 
 
 @dataclass
 class Config:
-    """The whole tree. `seed` keys every random draw of the run."""
+    """The whole tree. `seed` keys every random draw of the run.
+
+    resume: what to do with an unfinished run of this `run.name`: go on from its last checkpoint
+    (auto), also where settings differ (changed), or start anew (never).
+    """
 
     seed: int = 0
+    resume: Resume = Resume.auto
     run: RunConfig = field(default_factory=RunConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
@@ -268,6 +298,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -285,6 +316,11 @@ class Config:
     def groups_per_step(self) -> int:
         """M/C."""
         return self.learner.minibatch // self.rollout.responses_per_prompt
+
+    @property
+    def checkpoints(self) -> bool:
+        """Whether the run keeps a journal and checkpoints."""
+        return bool(self.checkpoint.every or self.checkpoint.seconds)
 
     @property
     def rounds(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from actors import policy
 from configs.schema import LearnerConfig, Precision, RateSchedule
+from learner.checkpoint import BackgroundWriter
 
 
 def join(rank: int, ranks: int, master: tuple[str, int], threads: int) -> None:
@@ -60,6 +61,8 @@ class DeepSpeedEngine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._settings(ranks), dist_init_required=False
         )
+        self.writer = BackgroundWriter()
+        self.engine.checkpoint_engine = self.writer
 
     def _settings(self, ranks: int) -> dict[str, Any]:
         return {

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from actors import policy
 from actors.rollout import Rollouts, Version
+from configs import faults
 from configs.schema import Config, DataSource, Proximal, Schedule
 from learner import measures
 from learner.batch import Padded, conditionals, pad, token_logps, unpad
@@ -45,7 +46,7 @@ class Learner:
         if affordable(config, int(model.config.vocab_size)):
             scratch = self._frozen(path)
             self.conditionals = Conditionals(config, scratch, self.reference)
-        self._round = -1
+        self.round = -1
 
     def _frozen(self, path: str) -> nn.Module:
         """The initial network, not to be trained, on the engine's device."""
@@ -55,9 +56,18 @@ class Learner:
     def weights(self) -> np.ndarray:
         """The current weights, flat; collective under ZeRO-3. Kept for measuring KL, too."""
         flat = self.engine.weights()
-        if self.conditionals is not None:
-            self.conditionals.remember(self.version, flat)
+        self.remember(self.version, flat)
         return flat
+
+    def remember(self, version: Version, flat: np.ndarray) -> None:
+        """Keep published weights for measuring KL, where it is exact."""
+        if self.conditionals is not None:
+            self.conditionals.remember(version, flat)
+
+    @property
+    def initial(self) -> np.ndarray:
+        """π_ref's weights, flat."""
+        return policy.flatten(self.reference)
 
     def consume(self, batch: Batch) -> tuple[StepRecord, dict[str, np.ndarray]]:
         """One optimizer step on a batch, or none where it is not finite.
@@ -65,9 +75,9 @@ class Learner:
         Returns the record and the columns that this rank derived, for the queue to keep.
         """
         started = time.perf_counter()
-        if self.conditionals is not None and batch.round != self._round:
+        if self.conditionals is not None and batch.round != self.round:
             self.conditionals.start_round()
-        first_pass, self._round = batch.round != self._round, batch.round
+        first_pass, self.round = batch.round != self.round, batch.round
         index = batch.index
         notes = signals(
             index.reward_M, index.label_M, index.valid_M, self.config.rollout.responses_per_prompt,
@@ -77,6 +87,7 @@ class Learner:
         count = notes.count(self.objective.traits.per)
         loss, cells, derived = self._accumulate(batch, notes, count)
         rate = learning_rate(self.config.learner, self.version.step)
+        faults.hit("learner.step.before")
         stepped = self.engine.step(rate)
         if stepped:
             self.version = Version(self.version.lineage, self.version.step + 1)
@@ -164,12 +175,14 @@ class Learner:
     @torch.no_grad()
     def _reference(self, part: Padded) -> tuple[Tensor, Tensor | None]:
         """log π_ref of the tokens taken [N, L], and its distributions where they are kept."""
+        reference_NLV = None
         if self.conditionals is not None:
             reference_NLV = self.conditionals.of_reference(part)
-            return token_logps(reference_NLV, part), reference_NLV
         if REFERENCE in part.derived_NL:
-            return part.derived_NL[REFERENCE], None
-        return token_logps(conditionals(self.reference, part), part), None
+            return part.derived_NL[REFERENCE], reference_NLV
+        if reference_NLV is None:
+            return token_logps(conditionals(self.reference, part), part), None
+        return token_logps(reference_NLV, part), reference_NLV
 
     def _clip(self) -> tuple[str, float] | None:
         objective = self.config.objective

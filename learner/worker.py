@@ -2,24 +2,32 @@
 
 import socket
 import time
+from collections import deque
 from typing import Any
 
+import numpy as np
 import ray
 
 from actors import policy
+from actors.rollout import Version
+from configs import faults
 from configs.schema import Config
+from learner import checkpoint
 from learner.cells import StepRecord
 from learner.engine import join
 from learner.learner import Learner
-from learner.replay.service import LearnerQueue
+from learner.replay.clients import LearnerQueue
 
 
 class LearnerWorker:
     """Runs one rank. The driver asks for a number of batches at a time and gets their records."""
 
-    def __init__(self, config: Config, rank: int) -> None:
+    def __init__(self, config: Config, rank: int, fault_folder: str) -> None:
+        faults.install(config.cluster.faults, fault_folder)
         self.config = config
         self.rank = rank
+        # What actors may still be given: the newest, those that are due later, one on its way.
+        self.published: deque[tuple[Version, Any]] = deque(maxlen=config.replay.lag + 2)
 
     def address(self) -> tuple[str, int]:
         """Host and a free port, for rank 0 to be met at."""
@@ -27,49 +35,95 @@ class LearnerWorker:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
-    def start(self, master: tuple[str, int], queue: Any) -> Any:
-        """Join the ranks, load the networks; rank 0 publishes version 0 and returns its weights
-        as a one-element list with the object reference."""
+    def start(
+        self, master: tuple[str, int], queue: Any, restored: tuple[str, int, int] | None
+    ) -> list[Any]:
+        """Join the ranks, load the networks, publish; rank 0 returns a reference to π_ref's weights
+        and one to those it begins with.
+
+        restored: a checkpoint's folder, the lineage that goes on from it, and its batch.
+        """
         join(self.rank, self.config.learner.ranks, master, self.config.cluster.threads)
         self.learner = Learner(self.config, self.rank)
-        self.queue = LearnerQueue(queue, self.rank, self.config.limits.wait_seconds)
-        weights = self._put_weights()
-        if weights is not None:
-            self.queue.publish(self.learner.version, weights)
+        seconds = self.config.limits.wait_seconds
+        self.queue = LearnerQueue(queue, self.rank, seconds, self.published)
         self.number = 0
-        return [weights]
+        before: list[tuple[Version, Any]] = []
+        if restored:
+            folder, lineage, self.number = restored
+            before = checkpoint.load(self.learner, folder, lineage)
+        for version, flat in before:
+            self.learner.remember(version, flat)
+            self._publish(version, flat)
+        weights = self._put_weights()
+        self._publish(self.learner.version, weights)
+        return [self._put(self.learner.initial), weights]
 
-    def train(self, batches: int) -> list[StepRecord]:
-        """Consume so many batches; fewer where the run was closed."""
-        records = []
-        for _ in range(batches):
-            record = self._batch()
+    def _publish(self, version: Version, weights: Any) -> None:
+        if self.rank == 0:
+            reference = ray.put(weights) if isinstance(weights, np.ndarray) else weights
+            self.queue.publish(version, reference)
+
+    def train(self, batches: int, folder: str = "") -> list[StepRecord]:
+        """Consume so many batches; fewer where the run was closed.
+
+        folder: of the checkpoint to begin to write after the last one.
+        """
+        records: list[StepRecord] = []
+        for left in range(batches, 0, -1):
+            record = self._batch(folder if left == 1 else "")
             if record is None:
                 break
             records.append(record)
         return records
 
-    def _batch(self) -> StepRecord | None:
+    def _batch(self, folder: str) -> StepRecord | None:
         started = time.perf_counter()
+        faults.hit("learner.consume.before")
         batch = self.queue.get(self.learner.version.lineage, self.number)
         if batch is None:
             return None
         waited = time.perf_counter() - started
+        faults.hit("learner.consume.after")
         record, derived = self.learner.consume(batch)
+        faults.hit("learner.step.after")
         publishing = time.perf_counter()
         publishes = self.learner.publishes(self.number)
         evaluates = self.learner.evaluates(self.number)
         weights = self._put_weights() if publishes or evaluates else None
-        self.queue.commit(batch, record.stepped, derived, weights if publishes else None)
+        faults.hit("learner.publish.before")
+        due = (self.learner.version, weights) if publishes and weights is not None else None
+        self.queue.commit(batch, record.stepped, derived, due, folder)
+        faults.hit("learner.publish.after")
         record.weights = [weights] if evaluates and weights is not None else None
         ended = time.perf_counter()
-        record.seconds.update(wait=waited, publish=ended - publishing, all=ended - started)
         self.number += 1
+        stalled = self.save(folder) if folder else 0.0
+        record.seconds.update(
+            wait=waited, publish=ended - publishing, checkpoint=stalled,
+            all=time.perf_counter() - started,
+        )  # fmt: skip
         return record
+
+    def save(self, folder: str) -> float:
+        """Begin to write this rank's part of a checkpoint; returns the seconds that it took."""
+        started = time.perf_counter()
+        self.queue.settle()
+        newest = self.learner.version.step
+        lagged = [(v, ray.get(w)) for v, w in self.published if v.step < newest]
+        checkpoint.save(self.learner, self.learner.engine.writer, folder, lagged)
+        return time.perf_counter() - started
+
+    def written(self, seconds: float) -> int:
+        """Wait until this rank's part is written; returns the batches that it has consumed."""
+        self.learner.engine.writer.wait(seconds)
+        return self.number
 
     def _put_weights(self) -> Any:
         """The current weights in the object store, from rank 0; None from others."""
-        flat = self.learner.weights()
+        return self._put(self.learner.weights())
+
+    def _put(self, flat: np.ndarray) -> Any:
         return ray.put(flat) if self.rank == 0 else None
 
     def export(self, directory: str) -> None:

@@ -15,11 +15,11 @@ from actors.rollout import Rollouts
 from actors.torch_engine import TorchEngine
 from cluster import inputs
 from configs.load import prepare
-from configs.objectives import TABLE
 from configs.schema import Config
 from learner.engine import join
 from learner.learner import Learner, StepRecord
 from learner.replay.queue import ReplayQueue
+from learner.replay.service import rules
 from learner.replay.staleness import plan
 from reward_server.rewards import load, score_safely
 
@@ -61,10 +61,7 @@ def free_port() -> int:
 
 
 def new_queue(config: Config) -> ReplayQueue:
-    return ReplayQueue(
-        plan(config), config.learner.ranks, TABLE[config.objective.name].min_valid,
-        config.limits.failure_rate, config.limits.failure_window,
-    )  # fmt: skip
+    return ReplayQueue(plan(config), config.learner.ranks, rules(config))
 
 
 class Local:

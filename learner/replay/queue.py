@@ -19,7 +19,8 @@ import numpy as np
 from actors.actor import Lease
 from actors.rollout import OFFLINE_STEP, GroupId, Rollouts, Version, concatenate
 from learner.replay.ledger import Ledger
-from learner.replay.line import Line, QueueError
+from learner.replay.line import Line, QueueError, Rules
+from learner.replay.lineage import Lineages
 from learner.replay.records import Batch, Held, Index, index
 from learner.replay.staleness import Plan
 
@@ -36,24 +37,27 @@ class _Open:
     measures: dict[str, Any]
     reports: dict[int, tuple[bool, dict[str, np.ndarray]]] = field(default_factory=dict)
 
+    @property
+    def skipped(self) -> bool:
+        """Whether a rank has said that it skipped."""
+        return not all(stepped for stepped, _ in self.reports.values())
+
 
 class ReplayQueue:
     """See the module's docstring. Methods either act at once or say that it is too early."""
 
-    def __init__(
-        self, plan: Plan, ranks: int, min_valid: int, failure_rate: float, failure_window: int,
-        lineage: int = 0,
-    ) -> None:  # fmt: skip
+    def __init__(self, plan: Plan, ranks: int, rules: Rules) -> None:
         self.plan = plan
         self.ranks = ranks
         self.ledger = Ledger()
-        self.line = Line(plan, self.ledger, min_valid, failure_rate, failure_window)
-        self.version = Version(lineage, 0)
+        self.lineages = Lineages()
+        self.line = Line(plan, self.ledger, rules, self.lineages)
+        self.version = Version(0, 0)
         self.committed = 0
-        self._rounds: dict[int, tuple[list[GroupId], np.ndarray]] = {}  # groups, valid rewards
-        self._held: dict[GroupId, Held] = {}  # in a round being consumed
-        self._weights: dict[int, Any] = {}
-        self._row_reuse: Counter[tuple[int, int]] = Counter()  # offline: (row, member) → reuse
+        self.rounds: dict[int, tuple[list[GroupId], np.ndarray]] = {}  # groups, valid rewards
+        self.held: dict[GroupId, Held] = {}  # in a round being consumed
+        self.weights: dict[int, Any] = {}  # by step
+        self.row_reuse: Counter[tuple[int, int]] = Counter()  # offline: (row, member) → reuse
         self._open: dict[int, _Open] = {}  # by number: the batch in hand, and one ahead of it
 
     # Actors: lease, put, release.
@@ -62,12 +66,16 @@ class ReplayQueue:
     def finished(self) -> bool:
         return self.committed >= self.plan.batches
 
-    def lease(self, actor: int) -> Lease | None:
-        """The next prompts and the version to make them under; None while none is admitted."""
+    def lease(self, actor: int, slot: int = 0, done: int | None = None) -> Lease | None:
+        """The next prompts and the version to make them under; None while none is admitted.
+
+        slot, done: see `Line.lease`.
+        """
         version, weights = self._version_for_actors()
         if version is None:
             return None
-        return self.line.lease(actor, version, weights, self.committed, self.version.step)
+        step = self.version.step
+        return self.line.lease(actor, slot, done, version, weights, self.committed, step)
 
     def newer(self, than: Version) -> Lease | None:
         """The version that actors may have now, as a lease of no prompts, if newer than theirs."""
@@ -80,21 +88,21 @@ class ReplayQueue:
         if self.plan.offline:
             return Version(self.version.lineage, OFFLINE_STEP), None
         due = max(0, self.version.step - self.plan.lag)
-        ready = [step for step in self._weights if step <= due]
+        ready = [step for step in self.weights if step <= due]
         if not ready:
             return None, None
         step = max(ready)
         if self.plan.lockstep and step != due and self.plan.lag == 0:
             return None, None  # the weights of this very step are on their way
-        return Version(self.version.lineage, step), self._weights[step]
+        return Version(self.version.lineage, step), self.weights[step]
 
     def put(self, lease: Lease, block: Rollouts) -> None:
         """Take a lease's groups, all members terminal; those that are known already are ignored."""
         self.line.put(lease, block)
 
-    def release(self, actor: int) -> int:
-        """Leases of a dead actor are to be issued again, under the same ids; their number."""
-        return self.line.release(actor)
+    def release(self, actor: int | None, blame: bool = True) -> tuple[int, list[int]]:
+        """Leases of a dead actor are to be issued again, see `Line.release`."""
+        return self.line.release(actor, blame)
 
     def check_failures(self) -> None:
         """Raise TooManyFailures when the last rollouts failed more often than allowed."""
@@ -106,25 +114,24 @@ class ReplayQueue:
         """Make a version's weights known. Versions that no actor can be given any more go."""
         if version.lineage != self.version.lineage:
             raise QueueError(f"weights of {version}, but the queue is at {self.version}")
-        self._weights[version.step] = weights
+        self.weights[version.step] = weights
         due = max(0, self.version.step - self.plan.lag)
-        newest = max((s for s in self._weights if s <= due), default=-1)
-        for step in [s for s in self._weights if s < newest]:
-            del self._weights[step]
+        newest = max((s for s in self.weights if s <= due), default=-1)
+        for step in [s for s in self.weights if s < newest]:
+            del self.weights[step]
 
     def get(self, lineage: int, number: int, rank: int) -> Batch | None:
         """The rank's slice of a batch, the same at every call; None while rollouts are missing."""
-        if lineage != self.version.lineage:
-            raise QueueError(f"lineage {lineage} is over; the queue is at {self.version}")
-        if number not in self._open:
-            if not self.committed <= number < self.plan.batches:
-                raise QueueError(f"batch {number} is not open: {self.committed} are committed")
-            if not self._freeze(number):
-                return None
+        self._refuse_stale(lineage)
+        in_hand = self._open.get(self.committed)
+        if number > self.committed and in_hand is not None and in_hand.skipped:
+            return None  # what is frozen ahead of a skip is tagged wrongly, and about to thaw
+        if not self.is_open(number) and not self.freeze(number):
+            return None
         batch = self._open[number]
         each = -(-self.plan.groups_per_batch // self.ranks)
         mine = batch.ids[rank * each : (rank + 1) * each]
-        parts = [self._held[group].columns() for group in mine]
+        parts = [self.held[group].columns() for group in mine]
         return Batch(
             lineage=lineage,
             number=number,
@@ -133,29 +140,47 @@ class ReplayQueue:
             first=rank * each * self.plan.members,
             block=concatenate(parts) if parts else None,
             index=batch.index,
-            round_rewards=self._rounds[batch.round][1],
+            round_rewards=self.rounds[batch.round][1],
             measures=batch.measures,
             last=number + 1 == self.plan.batches,
         )
 
-    def _freeze(self, number: int) -> bool:
+    def _refuse_stale(self, lineage: int) -> None:
+        if lineage != self.version.lineage:
+            raise QueueError(f"lineage {lineage} is over; the queue is at {self.version}")
+
+    def is_open(self, number: int) -> bool:
+        """Whether the batch is frozen."""
+        return number in self._open
+
+    def pending(self) -> list[tuple[int, dict[int, tuple[bool, dict[str, np.ndarray]]]]]:
+        """Batches that are frozen and not committed, in order, and what ranks said of them."""
+        return [(number, self._open[number].reports) for number in sorted(self._open)]
+
+    def forget_open(self) -> None:
+        """Thaw what is frozen, without a word of it."""
+        self._open.clear()
+
+    def freeze(self, number: int) -> bool:
         """Fix what the batch holds and how it is tagged; False while it is too early for that."""
+        if not self.committed <= number < self.plan.batches:
+            raise QueueError(f"batch {number} is not open: {self.committed} are committed")
         ahead = number - self.committed
         in_hand = self._open.get(self.committed)
         if ahead > 1 or (ahead == 1 and in_hand is None):
             return False
         round_, places = self.plan.consumed_by(number)
-        if round_ not in self._rounds and not self._form(round_):
+        if round_ not in self.rounds and not self._form(round_):
             return False
-        ids = [self._rounds[round_][0][place] for place in places]
+        ids = [self.rounds[round_][0][place] for place in places]
         before = set(in_hand.ids) if ahead and in_hand else set()
-        if any(self._held[group].reuse == 0 for group in before.intersection(ids)):
+        if any(self.held[group].reuse == 0 for group in before.intersection(ids)):
             return False  # its first pass is under way, and will derive columns for this one
         step = self.version.step + ahead
         if ahead and any(self._old(group, step) for group in before.intersection(ids)):
             return False  # to be retired, but not out of the batch in hand
         ids = [group for group in ids if not self._expired(group, step)]
-        held = [self._held[group] for group in ids]
+        held = [self.held[group] for group in ids]
         reuse = [self._reuse_C(h) + (g in before) + 1 for g, h in zip(ids, held)]
         now = time.monotonic()
         fresh = [now - h.entered for h in held if h.reuse == 0]
@@ -174,22 +199,24 @@ class ReplayQueue:
         taken = self.line.take(round_, self.committed, self.version.step)
         if taken is None:
             return False
-        self._held.update(taken)
+        self.held.update(taken)
         rewards = [held.rows("reward_N")[held.valid_C] for held in taken.values()]
-        self._rounds[round_] = (list(taken), np.concatenate(rewards))
+        self.rounds[round_] = (list(taken), np.concatenate(rewards))
         return True
 
     def _expired(self, group: GroupId, step: int) -> bool:
         """The guard at consumption: retire a group over `max_age`, and say so."""
-        if group not in self._held:
+        if group not in self.held:
             return True
         if not self._old(group, step):
             return False
-        self.ledger.retire_queued("expired", self._held.pop(group).valid)
+        held = self.held.pop(group)
+        self.ledger.retire_queued("expired", held.valid)
+        self.lineages.keep(group, held)
         return True
 
     def _old(self, group: GroupId, step: int) -> bool:
-        held = self._held.get(group)
+        held = self.held.get(group)
         if held is None or held.oldest == OFFLINE_STEP:
             return False
         return step - held.oldest > self.plan.max_age
@@ -199,7 +226,7 @@ class ReplayQueue:
         if not self.plan.offline:
             return np.full(self.plan.members, held.reuse)
         row = int(held.block.row_G[held.place])
-        return np.array([self._row_reuse[row, member] for member in range(self.plan.members)])
+        return np.array([self.row_reuse[row, member] for member in range(self.plan.members)])
 
     def commit(
         self, lineage: int, number: int, rank: int, stepped: bool,
@@ -207,22 +234,22 @@ class ReplayQueue:
     ) -> bool:  # fmt: skip
         """A rank has stepped or skipped; True once all have, which makes the batch count.
 
-        derived: the learner's columns over the rank's slice, named …_N or …_K.
+        A rank may be one batch ahead of another. derived: the learner's columns over the rank's
+        slice, named …_N or …_K.
         """
-        if lineage != self.version.lineage:
-            raise QueueError(f"lineage {lineage} is over; the queue is at {self.version}")
+        self._refuse_stale(lineage)
         if number < self.committed:
             return True  # said before; commits are idempotent
-        if number != self.committed or number not in self._open:
+        in_hand = self._open.get(self.committed)
+        out_of_turn = number > self.committed and in_hand and rank not in in_hand.reports
+        if number not in self._open or out_of_turn:
             raise QueueError(f"batch {number} is not in hand; batch {self.committed} is next")
-        batch = self._open[number]
-        batch.reports[rank] = (stepped, derived or {})
-        if len(batch.reports) < self.ranks:
-            return False
-        if len({report[0] for report in batch.reports.values()}) > 1:
-            raise QueueError(f"ranks disagree on whether batch {number} stepped")
-        self._close(batch, stepped)
-        return True
+        self._open[number].reports[rank] = (stepped, derived or {})
+        while (batch := self._open.get(self.committed)) and len(batch.reports) == self.ranks:
+            if batch.skipped and any(stepped for stepped, _ in batch.reports.values()):
+                raise QueueError(f"ranks disagree on whether batch {batch.number} stepped")
+            self._close(batch, not batch.skipped)
+        return number < self.committed
 
     def _close(self, batch: _Open, stepped: bool) -> None:
         index = batch.index
@@ -231,17 +258,18 @@ class ReplayQueue:
         self.ledger.reuse.update(index.reuse_M[index.valid_M].tolist())
         self._write_back(batch)
         for group in batch.ids:
-            held = self._held[group]
+            held = self.held[group]
             held.reuse += 1
             if self.plan.offline:
                 row = int(held.block.row_G[held.place])
-                self._row_reuse.update((row, m) for m in np.flatnonzero(held.valid_C).tolist())
+                self.row_reuse.update((row, m) for m in np.flatnonzero(held.valid_C).tolist())
             if held.reuse == self.plan.passes:
                 self.ledger.retire_queued("exhausted", held.valid)
-                del self._held[group]
+                self.lineages.keep(group, held)
+                del self.held[group]
         del self._open[batch.number]
         if batch.number == self.plan.last_batch(batch.round):
-            del self._rounds[batch.round]
+            del self.rounds[batch.round]
         self.committed += 1
         if stepped:
             self.version = Version(self.version.lineage, self.version.step + 1)
@@ -254,7 +282,7 @@ class ReplayQueue:
             for name, column in derived.items():
                 start = 0
                 for group in batch.ids[rank * each : (rank + 1) * each]:
-                    held = self._held[group]
+                    held = self.held[group]
                     size = held.tokens if name.endswith("_K") else self.plan.members
                     held.derived[name] = column[start : start + size]
                     start += size

@@ -1,12 +1,13 @@
 """What the queue keeps of a group, and what it hands to a learner rank."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from actors.rollout import Rollouts
+from actors.rollout import VALID, Rollouts
 
 
 @dataclass
@@ -20,6 +21,13 @@ class Held:
     oldest_C: np.ndarray  # step of each member's oldest token
     reuse: int = 0  # committed consumptions
     derived: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, block: Rollouts, place: int) -> "Held":
+        """A block's group, entering now."""
+        rows = slice(place * block.members, (place + 1) * block.members)
+        oldest_C = block.select(place, place + 1).oldest_step_N()
+        return cls(block, place, time.monotonic(), block.status_N[rows] == VALID, oldest_C)
 
     @property
     def valid(self) -> int:

@@ -1,12 +1,17 @@
-"""The replay queue as a Ray actor, and the clients through which others see it.
+"""The replay queue as a Ray actor.
 
 The service adds to `ReplayQueue` what a process needs: waiting (never without a limit that names
-what is missing), waking waiters, and the clock of how long actors wait.
+what is missing), waking waiters, the clock of how long actors wait, and the journal from which it
+comes back when its process died. Calls may come twice, then: each is idempotent.
 """
 
 import asyncio
+import os
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,40 +19,100 @@ import ray
 
 from actors.actor import Lease
 from actors.rollout import Rollouts, Version
+from configs import faults
+from configs.objectives import TABLE
+from configs.schema import Config
+from learner.replay import recovery, snapshot
+from learner.replay.clients import WEIGHTS
+from learner.replay.journal import Journal, read_base, write_base
 from learner.replay.ledger import describe_histogram
+from learner.replay.line import Rules
 from learner.replay.queue import ReplayQueue
 from learner.replay.records import Batch
-from learner.replay.staleness import Plan
+from learner.replay.rollback import roll_back
+from learner.replay.staleness import Plan, plan
+from learner.replay.stalls import Stalls
 
 POLL_SECONDS = 5.0  # an actor's call for a lease comes back empty-handed after this long
+GRACE_SECONDS = 30.0  # for whoever watches the run to stop it first
+STATE = "queue.base"  # the queue's part of a checkpoint
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the service needs of a configuration. journal: its folder; None: keeps none."""
+
+    plan: Plan
+    ranks: int
+    rules: Rules
+    stall_seconds: float
+    journal: str | None
+    faults: tuple[str, str] = ("", "")
+
+
+def rules(config: Config) -> Rules:
+    """What a configuration says about failures."""
+    limits = config.limits
+    return Rules(
+        TABLE[config.objective.name].min_valid, limits.failure_rate, limits.failure_window,
+        limits.prompt_attempts,
+    )  # fmt: skip
+
+
+def start(config: Config, journal: Path | None, fault_folder: Path) -> Any:
+    """Start the queue's actor; returns its Ray handle. Ray restarts it, and repeats the calls that
+    were under way, up to `limits.queue_restarts` times."""
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000}
+    if journal is not None:
+        options |= {"max_restarts": config.limits.queue_restarts, "max_task_retries": -1}
+    settings = Settings(
+        plan(config), config.learner.ranks, rules(config), config.limits.stall_seconds,
+        None if journal is None else str(journal.resolve()),
+        (config.cluster.faults, str(fault_folder.resolve())),
+    )  # fmt: skip
+    return ray.remote(QueueService).options(**options).remote(settings)
 
 
 class QueueService:
     """Runs as an asyncio Ray actor: one thread, so every method acts on a consistent queue."""
 
-    def __init__(
-        self, plan: Plan, ranks: int, min_valid: int, failure_rate: float, failure_window: int,
-        wait_seconds: float,
-    ) -> None:  # fmt: skip
-        self.queue = ReplayQueue(plan, ranks, min_valid, failure_rate, failure_window)
-        self.wait_seconds = wait_seconds
+    def __init__(self, settings: Settings) -> None:
+        faults.install(*settings.faults)
+        self.settings = settings
         self.closed = False
-        self._due: list[Any] | None = None  # rank 0's weights of a batch not yet committed by all
-        self._committed = 0.0  # time.monotonic() of the last commit
+        self.journal = Journal(Path(settings.journal)) if settings.journal else None
+        found = recovery.recover(self._new, self.journal) if self.journal else None
+        self.queue = found or self._new()
+        self.queue.lineages.kept = None
+        self.stalls = Stalls()
+        self._wants_weights = found is not None
+        self.queue.weights.clear()
+        self._due: dict[int, list[Any]] = {}  # by batch: weights that its last report publishes
+        self._cuts: dict[int, str] = {}  # by batch: the checkpoint that it ends
+        self._written: dict[str, asyncio.Task[None]] = {}
         self._waiters: set[asyncio.Event] = set()
-        # (actor, slot) → [first call, seconds waited]
-        self._actor_clock: dict[tuple[int, int], list[float]] = {}
+        if self.journal:
+            self._segment("restart" if found else "start")()
 
-    async def lease(self, actor: int, slot: int = 0) -> Lease | str:
+    def _new(self) -> ReplayQueue:
+        return ReplayQueue(self.settings.plan, self.settings.ranks, self.settings.rules)
+
+    # Actors.
+
+    async def lease(self, actor: int, slot: int = 0, done: int | None = None) -> Lease | str:
         """A lease; "wait" when none came up in POLL_SECONDS; "over" when the run is.
 
-        slot: which of the leases that the actor serves at once this will be.
+        slot: which of the leases that the actor serves at once this will be. done: the last one
+        that this slot handed in.
         """
-        started = time.monotonic()
-        clock = self._actor_clock.setdefault((actor, slot), [started, 0.0])
-        lease = await self._until(lambda: self._over() or self.queue.lease(actor), POLL_SECONDS)
-        clock[1] += time.monotonic() - started
-        return lease or "wait"
+        started = self.stalls.called(actor, slot)
+        answer = await self._until(
+            lambda: self._over() or self.queue.lease(actor, slot, done), POLL_SECONDS
+        )
+        self.stalls.answered(actor, slot, started)
+        if isinstance(answer, Lease):
+            self._note(recovery.leased(actor, slot, done))
+        return answer or "wait"
 
     async def newer(self, than: Version) -> Lease | str:
         """Weights newer than these, see `ReplayQueue.newer`; "wait" and "over" as `lease` has."""
@@ -58,48 +123,165 @@ class QueueService:
         return "over" if self.closed or self.queue.finished else None
 
     async def put(self, lease: Lease, block: Rollouts) -> None:
+        faults.hit("queue.put.before")
         self.queue.put(lease, block)
+        if self.journal:
+            self._note(recovery.put(lease, block))
+        faults.hit("queue.put.after")
         self._wake()
 
-    async def release(self, actor: int) -> int:
-        released = self.queue.release(actor)
+    async def release(self, actor: int | None, blame: bool = True) -> tuple[int, list[int]]:
+        """See `Line.release`."""
+        released = self.queue.release(actor, blame)
+        self._note(recovery.released(actor, blame))
         self._wake()
         return released
 
+    # Learner ranks.
+
     async def publish(self, version: Version, weights: list[Any]) -> None:
         """weights: a list with the object reference, so that Ray does not fetch it here."""
-        self.queue.publish(version, weights)
+        self._publish(version, weights)
+        self._wants_weights = False
         self._wake()
 
-    async def get(self, lineage: int, number: int, rank: int) -> Batch | None:
+    def _publish(self, version: Version, weights: list[Any]) -> None:
+        self.queue.publish(version, weights)
+        self._note(recovery.published(version))
+
+    async def get(self, lineage: int, number: int, rank: int) -> Batch | str | None:
         """The rank's slice; None when the run was closed. TimeoutError names what is missing."""
 
-        def ready() -> Batch | bool | None:
+        def ready() -> Batch | bool | str | None:
             self.queue.check_failures()
-            return self.closed or self.queue.get(lineage, number, rank)
-
-        while (batch := await self._until(ready, self.wait_seconds)) is None:
-            since_commit = time.monotonic() - self._committed
-            if number > self.queue.committed or since_commit < self.wait_seconds:
-                continue  # fetched ahead: it was the learner that took its time
-            missing = self.queue.missing(number)
-            raise TimeoutError(f"no batch for {self.wait_seconds:.0f} s: {missing}")
-        if isinstance(batch, Batch):
-            batch.measures["actor_idle_fraction"] = self._actor_idle()
+            if self._wants_weights and rank == 0:
+                return WEIGHTS
+            was_open, expired = self.queue.is_open(number), self._expired()
+            if self.closed and not was_open:
+                return True
+            batch = self.queue.get(lineage, number, rank)
+            if (batch is not None and not was_open) or self._expired() != expired:
+                self._note(recovery.frozen(number))
             return batch
-        return None
+
+        while (batch := await self._until(ready, POLL_SECONDS)) is None:
+            limit = self._stall_seconds + GRACE_SECONDS
+            if number == self.queue.committed and self.stalls.silent() > limit:
+                missing = self.queue.missing(number)
+                raise TimeoutError(f"no rollout for {limit:.0f} s: {missing}")
+        if isinstance(batch, Batch):
+            batch.measures["actor_idle_fraction"] = self.stalls.idle_fraction()
+            self.stalls.handed_out(number)
+            return batch
+        return None if batch is True else batch
+
+    def _expired(self) -> int:
+        return self.queue.ledger.retired["expired"]
+
+    @property
+    def _stall_seconds(self) -> float:
+        return self.settings.stall_seconds
 
     async def commit(
         self, lineage: int, number: int, rank: int, stepped: bool,
-        derived: dict[str, np.ndarray], weights: list[Any] | None,
+        derived: dict[str, np.ndarray], weights: list[Any] | None, cut: str = "",
     ) -> None:  # fmt: skip
-        """Report on a batch; with the last report, publish the version that it made."""
-        self._committed = time.monotonic()
-        self._due = weights or self._due
-        if self.queue.commit(lineage, number, rank, stepped, derived) and self._due is not None:
-            self.queue.publish(self.queue.version, self._due)
-            self._due = None
+        """Report on a batch; with the last report, publish the version that it made.
+
+        cut: folder of the checkpoint that ends with this batch.
+        """
+        faults.hit("queue.commit.before")
+        if weights is not None:
+            self._due[number] = weights
+        new = number >= self.queue.committed  # else it was said before the queue restarted
+        self.queue.commit(lineage, number, rank, stepped, derived)
+        if new:
+            self._note(recovery.committed(lineage, number, rank, stepped, derived))
+            self.stalls.committed()
+        if new and cut:
+            self._cuts[number] = cut
+        self._publish_due()
+        for done in [n for n in self._cuts if n < self.queue.committed]:
+            self._cut(self._cuts.pop(done))
+        faults.hit("queue.commit.after")
         self._wake()
+
+    def _publish_due(self) -> None:
+        last = self.queue.committed - 1
+        if (weights := self._due.get(last)) is not None:
+            self._publish(self.queue.version, weights)
+            self._wants_weights = False
+        self._due = {number: weights for number, weights in self._due.items() if number > last}
+
+    # Checkpoints.
+
+    def _cut(self, folder: str) -> None:
+        """Begin a segment here; its base, once written, is the checkpoint's part as well."""
+        write = self._segment("cut", Path(folder) / STATE)
+        self._written[folder] = asyncio.ensure_future(asyncio.to_thread(write))
+
+    def _segment(self, kind: str, target: Path | None = None) -> Callable[[], None]:
+        """Begin a segment of the journal; what is returned writes its base."""
+        assert self.journal is not None
+        path = self.journal.begin()
+        batch, state = self.queue.committed, snapshot.take(self.queue)
+        for operation in recovery.pending(self.queue):
+            self._note(operation)
+
+        def write() -> None:
+            faults.hit("queue.write.before")
+            write_base(path, batch, kind, state)
+            if target is not None:
+                _same_file(path, target)
+            faults.hit("queue.write.after")
+
+        return write
+
+    async def cut(self, number: int, folder: str) -> None:
+        """Make this very moment, with so many batches committed, a checkpoint's cut."""
+        if await self._until(lambda: self.queue.committed >= number, self._stall_seconds):
+            self._cut(folder)
+
+    async def written(self, number: int, folder: str) -> None:
+        """Wait for the queue's part of a checkpoint; OSError where the disk refused it.
+
+        number: batches committed at its cut. LookupError where the queue restarted meanwhile.
+        """
+        past = await self._until(lambda: self.queue.committed >= number, self._stall_seconds)
+        if not past or folder not in self._written:
+            raise LookupError(f"the queue restarted before it came to the cut of {folder}")
+        await self._written.pop(folder)
+
+    async def covered(self, batch: int) -> None:
+        """Checkpoints older than this batch are gone, and nothing will be undone past it."""
+        if self.journal:
+            self.journal.prune(batch)
+
+    async def roll_back(self, folder: str, actors_died: bool) -> tuple[int, int]:
+        """Back to a checkpoint, under a new lineage; returns that, and the batch to go on with.
+
+        actors_died: no actor of before lives, so that all leases are to be issued again.
+        """
+        assert self.journal is not None
+        batch, _, state = read_base(Path(folder) / STATE)
+        live = self.queue
+        queue = recovery.recover(self._new, self.journal, batch)
+        if queue is None:
+            queue = recovery.restored(self._new, state)
+        lineage = max(live.version.lineage, queue.version.lineage) + 1
+        roll_back(queue, state, lineage)
+        recovery.account_for_lost(queue, live)
+        if actors_died:
+            queue.release(None, blame=False)
+        queue.lineages.kept = None
+        self.queue, self._wants_weights, self.closed = queue, False, False
+        self._due, self._cuts = {}, {}
+        self._segment("roll_back")()
+        self.stalls.progress()
+        self._wake()
+        return lineage, queue.committed
+
+    # The run.
 
     async def close(self) -> None:
         """End the run: actors are told so, and waiting ranks get None."""
@@ -115,15 +297,30 @@ class QueueService:
             "reuse": describe_histogram(ledger.reuse),
             "version": self.queue.version,
             "committed": self.queue.committed,
-            "actor_idle_fraction": self._actor_idle(),
+            "actor_idle_fraction": self.stalls.idle_fraction(),
             "last_failure": self.queue.line.last_failure,
         }
 
-    def _actor_idle(self) -> float | None:
+    async def status(self) -> dict[str, Any]:
+        """What the watchdog looks at: seconds without progress, leases and the batch in hand."""
         now = time.monotonic()
-        total = sum(now - first for first, _ in self._actor_clock.values())
-        waited = sum(seconds for _, seconds in self._actor_clock.values())
-        return min(1.0, waited / total) if total else None
+        return {
+            "silent": self.stalls.silent(),
+            "in_hand": self.stalls.in_hand(self.queue.committed),
+            "leases": {
+                f"{t.actor}": now - t.since
+                for t in sorted(self.queue.line.leases.values(), key=lambda t: -t.since)
+            },
+            "journal_bytes": self.journal.bytes if self.journal else 0,
+            "journal_broken": self.journal.broken if self.journal else "",
+            "missing": self.queue.missing(self.queue.committed),
+        }
+
+    def _note(self, operation: dict[str, Any]) -> None:
+        if self.journal:
+            self.journal.append(operation)
+        if operation["do"] != "freeze":
+            self.stalls.progress()
 
     def _wake(self) -> None:
         for event in self._waiters:
@@ -149,77 +346,9 @@ class QueueService:
             self._waiters.discard(event)
 
 
-def start(
-    plan: Plan, ranks: int, min_valid: int, failure_rate: float, failure_window: int,
-    wait_seconds: float,
-) -> Any:  # fmt: skip
-    """Start the queue's actor; returns its Ray handle."""
-    remote = ray.remote(QueueService).options(num_cpus=0, max_concurrency=1000)
-    return remote.remote(plan, ranks, min_valid, failure_rate, failure_window, wait_seconds)
-
-
-class ActorQueue:
-    """`actors.actor.QueueClient` over the Ray actor."""
-
-    def __init__(self, handle: Any, wait_seconds: float, slot: int = 0) -> None:
-        self.handle = handle
-        self.wait_seconds = wait_seconds
-        self.slot = slot
-        self._put: list[Any] = []  # the last put, whose failure the next call raises
-
-    def lease(self, actor: int) -> Lease | None:
-        while True:
-            calls = [self.handle.lease.remote(actor, self.slot), *self._put]
-            answer = ray.get(calls, timeout=self.wait_seconds)[0]
-            if answer != "wait":
-                return None if answer == "over" else answer
-
-    def newer(self, than: Version) -> Lease | None:
-        """The newest weights that actors may have, once newer than these; None at the end."""
-        while True:
-            answer = ray.get(self.handle.newer.remote(than), timeout=self.wait_seconds)
-            if answer != "wait":
-                return None if answer == "over" else answer
-
-    def weights(self, lease: Lease) -> np.ndarray:
-        return ray.get(lease.weights[0], timeout=self.wait_seconds)
-
-    def put(self, lease: Lease, block: Rollouts) -> None:
-        self._put = [self.handle.put.remote(lease, block)]
-
-
-class LearnerQueue:
-    """The queue as one learner rank sees it."""
-
-    def __init__(self, handle: Any, rank: int, wait_seconds: float) -> None:
-        self.handle = handle
-        self.rank = rank
-        self.wait_seconds = wait_seconds
-        self._commits: list[Any] = []  # the last two, whose failure a later call raises
-        self._ahead: dict[int, Any] = {}  # the batch after the one in hand, on its way
-
-    def get(self, lineage: int, number: int) -> Batch | None:
-        """Wait for the rank's slice; None when the run was closed."""
-        call = self._ahead.pop(number, None)
-        if call is None:
-            call = self.handle.get.remote(lineage, number, self.rank)
-        # The last commit is on its way and not waited for; the one before it is long there.
-        batch = ray.get([call, *self._commits[:-1]], timeout=self.wait_seconds + 10.0)[0]
-        if batch is not None and not batch.last:
-            self._ahead = {number + 1: self.handle.get.remote(lineage, number + 1, self.rank)}
-        return batch
-
-    def commit(
-        self, batch: Batch, stepped: bool, derived: dict[str, np.ndarray], weights: Any = None
-    ) -> None:
-        """Report a step or skip, without waiting for the answer."""
-        call = self.handle.commit.remote(
-            batch.lineage, batch.number, self.rank, stepped, derived,
-            None if weights is None else [weights],
-        )  # fmt: skip
-        self._commits = [*self._commits[-1:], call]
-        if not stepped:
-            self._ahead = {}  # it was tagged as if this one had stepped
-
-    def publish(self, version: Version, weights: Any) -> None:
-        ray.get(self.handle.publish.remote(version, [weights]), timeout=self.wait_seconds)
+def _same_file(source: Path, target: Path) -> None:
+    """One file under two names, or a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -85,6 +85,7 @@ BROKEN = [
     ("reward_function_is_named", "reward.path=a:b", "reward.path", "reward.kind=function"),
     ("run_name_is_a_file_name", "run.name=a/b", "run.name", "run.name=a_b"),
     ("run_name_is_a_file_name", "run.name=..", "run.name", "run.name=try"),
+    ("faults_are_known", "cluster.faults=actor.put.before@1:burn", "cluster.faults", "kill, hang"),
 ]  # fmt: skip
 
 

@@ -2,20 +2,20 @@
 
 from types import SimpleNamespace
 
-from cluster.train import Run
+from cluster.books import Books
 from tests.harness import settings
 
 
 def test_the_alarm_is_said_once_and_counted():
     said: list[str] = []
-    run = SimpleNamespace(
+    books = SimpleNamespace(
         config=settings("bandit"),
         tally=SimpleNamespace(mismatches=0),
-        progress=SimpleNamespace(message=said.append),
+        say=said.append,
     )
     for step, kl in enumerate([1e-9, 0.02, None, 0.03]):
         line = {"step": step} | ({} if kl is None else {"engine_mismatch_kl": kl})
-        Run._check_mismatch(run, line)
+        Books._check_mismatch(books, line)
     assert line["engine_mismatch_alarms_total"] == 2
     (message,) = said
     assert message.startswith(

@@ -16,7 +16,7 @@ from actors.rollout import (
     concatenate,
     offsets,
 )
-from learner.replay.line import QueueError, TooManyFailures
+from learner.replay.line import QueueError, Rules, TooManyFailures
 from learner.replay.queue import ReplayQueue
 from learner.replay.staleness import Plan, plan
 from tests.harness import settings
@@ -26,7 +26,7 @@ LENGTH = 3
 
 def queue_of(*overrides: str, ranks: int = 1, min_valid: int = 1, window: int = 10**6):
     config = settings("bandit_best_of_n", *overrides)
-    queue = ReplayQueue(plan(config), ranks, min_valid, 0.5, window)
+    queue = ReplayQueue(plan(config), ranks, Rules(min_valid, 0.5, window))
     queue.publish(Version(0, 0), ["w0"])
     return queue
 
@@ -41,7 +41,7 @@ def small(passes: int = 1, round_groups: int = 2, batch_groups: int = 1, **chang
 
 
 def small_queue(ranks: int = 1, min_valid: int = 1, window: int = 1000, **changes) -> ReplayQueue:
-    queue = ReplayQueue(small(**changes), ranks, min_valid, 0.5, window)
+    queue = ReplayQueue(small(**changes), ranks, Rules(min_valid, 0.5, window))
     queue.publish(Version(0, 0), ["w0"])
     return queue
 
@@ -53,14 +53,14 @@ def answer(lease: Lease, members: int, failures: dict[int, int] | None = None) -
     block = Rollouts(
         members=members,
         position_G=position,
-        incarnation_G=np.zeros(groups, dtype=np.int32),
+        incarnation_G=np.array([g.incarnation for g in lease.groups], dtype=np.int32),
         row_G=position % 4,
         prompt_offset_G1=offsets([1] * groups),
         prompt_P=np.zeros(groups, dtype=np.int32),
         offset_N1=offsets([LENGTH] * n),
         token_K=np.arange(n * LENGTH, dtype=np.int32),
         logp_K=np.full(n * LENGTH, -1.0, dtype=np.float32),
-        lineage_K=np.zeros(n * LENGTH, dtype=np.int16),
+        lineage_K=np.full(n * LENGTH, lease.version.lineage, dtype=np.int16),
         step_K=np.full(n * LENGTH, lease.version.step, dtype=np.int32),
         reward_N=(np.repeat(position, members) * 10 + np.tile(np.arange(members), groups)).astype(
             np.float32
@@ -86,9 +86,9 @@ def fill(queue: ReplayQueue, failures: dict[int, int] | None = None) -> int:
 
 
 def consume(queue: ReplayQueue, stepped: bool = True):
-    batch = queue.get(0, queue.committed, 0)
+    batch = queue.get(queue.version.lineage, queue.committed, 0)
     assert batch is not None, queue.missing(queue.committed)
-    queue.commit(0, batch.number, 0, stepped)
+    queue.commit(batch.lineage, batch.number, 0, stepped)
     queue.publish(queue.version, [f"w{queue.version.step}"])
     return batch
 
@@ -208,7 +208,7 @@ def test_a_put_is_idempotent():
 def test_a_dead_actors_lease_is_issued_again_under_the_same_ids():
     queue = small_queue()
     lost = queue.lease(0)
-    assert queue.release(0) == 1
+    assert queue.release(0) == (1, [])
     again = queue.lease(1)
     assert again.groups == lost.groups and again.id != lost.id
     assert queue.ledger.issued == 2

@@ -1,0 +1,108 @@
+"""The evaluator as the driver sees it: asked for versions, brought back when it dies."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from actors.actor import RewardClient
+from actors.rollout import Version
+from cluster.remote import spawn
+from cluster.restarts import Restarts, reason
+from configs.schema import Config
+
+
+@dataclass
+class _Asked:
+    """An evaluation under way. weights: a list with the reference, kept till it is done."""
+
+    version: Version
+    number: int
+    weights: list[Any]
+    since: float = field(default_factory=time.monotonic)
+
+
+class Evaluations:
+    """Evaluations asked for and not yet taken, in the order of their steps."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        limits = config.limits
+        self.restarts = Restarts(
+            "the evaluator", "limits.evaluator_restarts", limits.evaluator_restarts,
+            limits.backoff_seconds,
+        )  # fmt: skip
+        self.asked = 0  # so far; each has draws of its own
+        self._calls: dict[Any, _Asked] = {}
+        self.evaluator = self._spawn()
+
+    def _spawn(self) -> Any:
+        return spawn("cluster.evaluate:Evaluator", self.config, num_cpus=0)
+
+    def start(self, rewards: RewardClient, reference: Any) -> None:
+        """Give it the reward service and π_ref's weights. Evaluations queue up behind that."""
+        self._rewards, self._reference = rewards, [reference]
+        self._started = self.evaluator.call.remote("start", rewards, reference)
+
+    def sample_dataset(self, reference: Any, path: str) -> None:
+        """Have offline data sampled from π_ref, and wait for it."""
+        made = self.evaluator.call.remote("sample_dataset", reference, path)
+        ray.get(made, timeout=self.config.limits.startup_seconds)
+
+    def ask(self, version: Version, weights: Any) -> None:
+        """Evaluate these weights (an object reference)."""
+        self._ask(_Asked(version, self.asked, [weights]))
+        self.asked += 1
+
+    def _ask(self, asked: _Asked) -> None:
+        call = self.evaluator.call.remote("evaluate", asked.version, asked.weights[0], asked.number)
+        self._calls[call] = asked
+
+    def take(self) -> list[tuple[int, dict[str, Any]]]:
+        """(step, result) of what is done. Starts the evaluator anew where it died or hangs."""
+        done, late = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0.0) if (
+            self._calls) else ([], [])  # fmt: skip
+        taken: list[tuple[int, dict[str, Any]]] = []
+        for call in sorted(done, key=lambda c: self._calls[c].number):
+            try:
+                result = ray.get(call)
+            except ray.exceptions.RayError as error:
+                self._restart(reason(error))
+                return taken
+            taken.append((self._calls.pop(call).version.step, result))
+        limit = self.config.limits.step_seconds
+        if any(time.monotonic() - self._calls[call].since > limit for call in late):
+            self._restart(f"no evaluation for {limit:g} s")
+        return taken
+
+    def _restart(self, why: str) -> None:
+        time.sleep(self.restarts.count(why))
+        ray.kill(self.evaluator)
+        self.evaluator = self._spawn()
+        self.start(self._rewards, self._reference[0])
+        waiting, self._calls = list(self._calls.values()), {}
+        for asked in waiting:
+            self._ask(_Asked(asked.version, asked.number, asked.weights))
+
+    def awaited(self, step: int) -> bool:
+        """Whether an evaluation of this step, or of one before it, is not there yet."""
+        return any(asked.version.step <= step for asked in self._calls.values())
+
+    def go_back(self, step: int, reference: Any) -> None:
+        """Forget those of later steps, which are undone; the reference's owner is a new one."""
+        self._calls = {c: a for c, a in self._calls.items() if a.version.step <= step}
+        self._reference = [reference]
+
+    def wait(self, seconds: float) -> list[tuple[int, dict[str, Any]]]:
+        """All that are under way. TimeoutError names the step that is missing."""
+        deadline = time.monotonic() + seconds
+        taken: list[tuple[int, dict[str, Any]]] = []
+        while True:
+            taken += self.take()
+            if not self._calls:
+                return taken
+            if time.monotonic() > deadline:
+                step = min(asked.version.step for asked in self._calls.values())
+                raise TimeoutError(f"no evaluation of step {step} in {seconds:.0f} s")
+            time.sleep(0.02)

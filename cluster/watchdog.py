@@ -1,0 +1,97 @@
+"""Watching over a run: what hangs is ended, what stands still is named and written down."""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+
+from cluster.parts import Parts, QueueSilent
+from cluster.restarts import RestartsUsedUp
+from cluster.run_directory import RunDirectory
+from cluster.saver import Saver
+from configs.schema import Config
+from learner.replay.line import TooManyFailures
+
+DUMP = "stall.json"
+
+
+class LearnerLost(RuntimeError):
+    """A learner rank died or hangs, and has to be started again."""
+
+
+class Stalled(RuntimeError):
+    """Nothing went forward for `limits.stall_seconds`."""
+
+
+class Unrecoverable(RuntimeError):
+    """The learner is gone, and there is nothing to go back to."""
+
+
+FATAL = (TooManyFailures, Stalled, RestartsUsedUp, Unrecoverable)
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Whether to go back to a checkpoint would not help."""
+    return any(isinstance(e, FATAL) or "limits.failure_rate" in str(e) for e in _chain(error))
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    while True:
+        yield error
+        cause = getattr(error, "cause", None)
+        if not isinstance(cause, BaseException) or cause is error:
+            return
+        error = cause
+
+
+class Watchdog:
+    """Looks at the queue's status, now and then, and does what it calls for."""
+
+    def __init__(
+        self, config: Config, parts: Parts, saver: Saver, directory: RunDirectory,
+        say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.limits, self.parts, self.saver = config.limits, parts, saver
+        self.directory, self.say = directory, say
+
+    def look(self) -> None:
+        """Restart rollout actors that died or hang. LearnerLost where the learner does, Stalled
+        where nothing explains why the run stands still."""
+        try:
+            status = self.parts.status()
+        except QueueSilent as error:
+            self.say(str(error))
+            return
+        assert self.parts.fleet is not None
+        for line in self.parts.fleet.watch(status["leases"]):
+            self.say(line)
+        self.saver.look_at_journal(status)
+        if status["in_hand"] > self.limits.step_seconds:
+            raise LearnerLost(f"no step in {self.limits.step_seconds:g} s: a rank hangs")
+        if status["silent"] > self.limits.stall_seconds:
+            self._dump(status)
+            raise Stalled(
+                f"nothing went forward for {self.limits.stall_seconds:g} s "
+                f"({DUMP} has the state): {status['missing']}"
+            )
+
+    def _dump(self, status: dict[str, Any]) -> None:
+        """What every part was at, for people."""
+        fleet = self.parts.fleet
+        seconds = self.limits.wait_seconds
+        try:
+            report = ray.get(self.parts.queue.report.remote(), timeout=seconds)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            report = {"missing": str(error)}
+        state = {
+            "queue": status,
+            "report": report,
+            "actors": {
+                "running": sorted(fleet.running.values()) if fleet else [],
+                "to_be_restarted": sorted(fleet.due) if fleet else [],
+                "restarts": fleet.restarts.number if fleet else 0,
+            },
+        }
+        text = json.dumps(state, indent=2, default=str)
+        (self.directory.path / DUMP).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,109 @@
+"""The queue's Ray actor as others see it: rollout actors, and learner ranks."""
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.actor import Lease
+from actors.rollout import Rollouts, Version
+from learner.replay.records import Batch
+
+WEIGHTS = "weights"  # a restarted queue's answer to rank 0: publish again what you last published
+
+
+class ActorQueue:
+    """`actors.actor.QueueClient` over the Ray actor."""
+
+    def __init__(self, handle: Any, wait_seconds: float, slot: int = 0) -> None:
+        self.handle = handle
+        self.wait_seconds = wait_seconds
+        self.slot = slot
+        self._done = -1  # the last lease handed in
+        self._put: list[Any] = []  # its put, whose failure the next call raises
+
+    def lease(self, actor: int) -> Lease | None:
+        while True:
+            calls = [self.handle.lease.remote(actor, self.slot, self._done), *self._put]
+            answer = ray.get(calls, timeout=self.wait_seconds)[0]
+            self._put = []
+            if answer != "wait":
+                return None if answer == "over" else answer
+
+    def newer(self, than: Version) -> Lease | None:
+        """The newest weights that actors may have, once newer than these; None at the end."""
+        while True:
+            answer = ray.get(self.handle.newer.remote(than), timeout=self.wait_seconds)
+            if answer != "wait":
+                return None if answer == "over" else answer
+
+    def weights(self, lease: Lease) -> np.ndarray:
+        return ray.get(lease.weights[0], timeout=self.wait_seconds)
+
+    def put(self, lease: Lease, block: Rollouts) -> None:
+        self._done = lease.id
+        self._put = [self.handle.put.remote(lease, block)]
+
+
+class LearnerQueue:
+    """The queue as one learner rank sees it.
+
+    published: takes what is published, and has what a restarted queue may ask for again.
+    """
+
+    def __init__(
+        self, handle: Any, rank: int, wait_seconds: float, published: deque[tuple[Version, Any]]
+    ) -> None:
+        self.handle = handle
+        self.rank = rank
+        self.wait_seconds = wait_seconds
+        self._published = published
+        self._commits: list[Any] = []  # the last two, whose failure a later call raises
+        self._ahead: dict[int, Any] = {}  # the batch after the one in hand, on its way
+
+    def get(self, lineage: int, number: int) -> Batch | None:
+        """Wait for the rank's slice; None when the run was closed."""
+        batch: Any = WEIGHTS
+        while batch == WEIGHTS:
+            call = self._ahead.pop(number, None)
+            if call is None:
+                call = self.handle.get.remote(lineage, number, self.rank)
+            # The last commit is on its way and not waited for; the one before it is long there.
+            batch = ray.get([call, *self._commits[:-1]])[0]  # the queue's own limit is on the wait
+            if isinstance(batch, str):
+                self._publish_again()
+        if batch is not None and not batch.last:
+            self._ahead = {number + 1: self.handle.get.remote(lineage, number + 1, self.rank)}
+        return batch
+
+    def commit(
+        self, batch: Batch, stepped: bool, derived: dict[str, np.ndarray],
+        weights: tuple[Version, Any] | None = None, cut: str = "",
+    ) -> None:  # fmt: skip
+        """Report a step or skip, without waiting for the answer.
+
+        weights: of the version that it made, for actors. cut: the checkpoint that ends with it.
+        """
+        if weights is not None:
+            self._published.append(weights)
+        call = self.handle.commit.remote(
+            batch.lineage, batch.number, self.rank, stepped, derived,
+            None if weights is None else [weights[1]], cut,
+        )  # fmt: skip
+        self._commits = [*self._commits[-1:], call]
+        if not stepped:
+            self._ahead = {}  # it was tagged as if this one had stepped
+
+    def settle(self) -> None:
+        """Wait until the queue has taken every commit; what it refused is raised."""
+        ray.get(self._commits, timeout=self.wait_seconds)
+
+    def publish(self, version: Version, weights: Any) -> None:
+        """Make weights known, and wait until they are."""
+        self._published.append((version, weights))
+        ray.get(self.handle.publish.remote(version, [weights]), timeout=self.wait_seconds)
+
+    def _publish_again(self) -> None:
+        calls = [self.handle.publish.remote(v, [weights]) for v, weights in self._published]
+        ray.get(calls, timeout=self.wait_seconds)
