@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from actors.engine import Request, RolloutEngine
+from actors.probe import Probe, mismatch
 from actors.prompts import Prompt
 from actors.rollout import REWARD_FAILED, UNLABELLED, VALID, GroupId, Rollouts, Version
 from configs import faults
@@ -20,13 +21,19 @@ from configs import faults
 class Lease:
     """Consecutive prompts to generate whole, under one version of the weights.
 
-    weights: whatever `QueueClient.weights` turns into the flat array; None for offline data.
+    weights: a list of whatever `QueueClient.weights` turns into the flat array and, where there is
+    one, the learner's probe of it; None for offline data.
     """
 
     id: int
     groups: tuple[GroupId, ...]
     version: Version
     weights: Any = None
+
+    @property
+    def probe(self) -> Probe | None:
+        """The probe text with the learner's scores under these weights."""
+        return self.weights[1] if self.weights is not None and len(self.weights) > 1 else None
 
 
 class Scores(Protocol):
@@ -56,6 +63,10 @@ class QueueClient(Protocol):
 
     def put(self, lease: Lease, block: Rollouts) -> None:
         """Hand in a lease's groups, all members terminal. Idempotent by group id."""
+
+    def probed(self, nats: float) -> None:
+        """How far the engine's scores of the probe text are from the learner's; no call of its
+        own, a later one carries it."""
 
 
 class Prompts(Protocol):
@@ -94,7 +105,7 @@ class RolloutActor:
 
     def _take_weights(self, lease: Lease) -> None:
         if lease.version != self.engine.version and lease.weights is not None:
-            self.engine.load(self.queue.weights(lease), lease.version)
+            load(self.engine, lease, self.queue)
 
     def _timed(self, part: str, call: Any, *arguments: Any) -> Any:
         start = time.perf_counter()
@@ -105,6 +116,13 @@ class RolloutActor:
             self.seconds[part] += time.perf_counter() - start
         faults.hit(f"actor.{part}.after")
         return answer
+
+
+def load(engine: RolloutEngine, lease: Lease, queue: QueueClient) -> None:
+    """Give the engine a lease's weights, and probe whether it has taken them."""
+    engine.load(queue.weights(lease), lease.version)
+    if (sent := lease.probe) is not None:
+        queue.probed(mismatch(engine.score(sent.text_NT), sent.logp_NL))
 
 
 def score(block: Rollouts, rewards: RewardClient, timeout_s: float) -> None:

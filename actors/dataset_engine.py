@@ -35,6 +35,9 @@ class DatasetEngine:
     def load(self, weights: np.ndarray, version: Version) -> None:
         raise RuntimeError("a data set has no weights")
 
+    def score(self, text_NT: np.ndarray) -> np.ndarray:
+        raise RuntimeError("a data set has no weights")
+
     def generate(self, requests: Sequence[Request], stream: str) -> Rollouts:
         return to_rollouts(
             [self._groups[request.prompt.row] for request in requests],

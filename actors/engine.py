@@ -31,5 +31,12 @@ class RolloutEngine(Protocol):
         A prompt that cannot be answered comes back as `generation_failed`, never as an exception.
         """
 
+    def score(self, text_NT: np.ndarray) -> np.ndarray:
+        """log π of all tokens but the first of each text (int32), [N, T − 1] float32, in nats.
+
+        At temperature 1, under the weights loaded last; the caller sees to it that nothing loads
+        meanwhile. Raises what `load` and `generate` raise where the engine is gone.
+        """
+
     def close(self) -> None:
         """Give back what the engine holds."""

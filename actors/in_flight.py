@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Protocol
 
-from actors.actor import Lease, Prompts, QueueClient, RewardClient, RolloutActor
+from actors.actor import Lease, Prompts, QueueClient, RewardClient, RolloutActor, load
 from actors.engine import Request, RolloutEngine
 from actors.rollout import Version
 
@@ -38,7 +38,7 @@ class InFlightActor:
         self.slots = [
             _Slot(self, index, engine, prompts, queue, rewards, reward_seconds) for queue in slots
         ]
-        self.lock = threading.Lock()
+        self.lock, self.reading = threading.Lock(), threading.Lock()
 
     def run(self) -> dict[str, float]:
         """Serve until the run is over; returns the seconds spent on each part, of all slots.
@@ -58,10 +58,13 @@ class InFlightActor:
         return dict(seconds)
 
     def take(self, lease: Lease, queue: QueueClient) -> None:
-        """Load the lease's weights where they are newer than the engine's."""
+        """Load the lease's weights where they are newer than the engine's; one load at a time, so
+        that its probe sees no other's weights."""
+        if lease.weights is None or lease.version <= self.engine.version:
+            return  # without waiting for a probe that is under way
         with self.lock:
-            if lease.weights is not None and lease.version > self.engine.version:
-                self.engine.load(queue.weights(lease), lease.version)
+            if lease.version > self.engine.version:
+                load(self.engine, lease, queue)
 
     def _watch(self) -> None:
         """Load what is published, for at most half of the time: a paused engine makes no token."""
@@ -85,5 +88,5 @@ class _Slot(RolloutActor):
         self.shared.take(lease, self.queue)
 
     def _requests(self, lease: Lease) -> list[Request]:
-        with self.shared.lock:  # a prompt stream is for one thread at a time
+        with self.shared.reading:  # a prompt stream is for one thread at a time
             return super()._requests(lease)

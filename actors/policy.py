@@ -84,6 +84,13 @@ def context_limit(shape: PretrainedConfig) -> int:
     return int(getattr(shape, "max_position_embeddings", None) or shape.n_positions)
 
 
+def context(config: Config, shape: PretrainedConfig) -> int:
+    """Prompt and response together, at most, in tokens, as the settings have it."""
+    limit = context_limit(shape)
+    longest = config.prompts.max_tokens
+    return min(limit, longest + config.rollout.max_tokens) if longest else limit
+
+
 def layout(shape: PretrainedConfig) -> tuple[list[str], list[list[int]]]:
     """Names and shapes of the flat array's pieces, without making the network."""
     with torch.device("meta"):

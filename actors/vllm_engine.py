@@ -18,7 +18,7 @@ from actors.engine import Request
 from actors.packing import does_not_fit, fail_group, pack
 from actors.randomness import request_seed
 from actors.rollout import GENERATION_FAILED, Rollouts, Version
-from actors.vllm_process import DIED, EngineDied, VllmProcess, context
+from actors.vllm_process import DIED, EngineDied, VllmProcess
 from configs.schema import Config
 
 NO_VERSION = Version(-1, -1)
@@ -36,7 +36,7 @@ class VllmEngine:
         self.version = NO_VERSION
         shape = policy.architecture(config)
         self.end_tokens = policy.end_tokens(shape)
-        self.context = context(config, shape)
+        self.context = policy.context(config, shape)
         self.vocabulary: int = shape.vocab_size
         self.process = VllmProcess(config, shape)
         self._numbers = itertools.count()
@@ -88,31 +88,56 @@ class VllmEngine:
         tokens = sum(s.detokenizer.num_output_tokens() for s in states if s.detokenizer)
         return f"vLLM has {len(states)} responses in hand, {tokens} tokens long"
 
+    def score(self, text_NT: np.ndarray) -> np.ndarray:
+        rows = self.process.call(
+            self._score_all(text_NT), self.config.limits.wait_seconds, self._progress
+        )
+        return np.array(rows, dtype=np.float32)
+
+    async def _score_all(self, text_NT: np.ndarray) -> list[list[float]]:
+        """vLLM's own scores of prompts, whatever else is running. It takes no prefix from its
+        cache for them, and applies no temperature (0.32.0, gpu_model_runner.py); the one token
+        that a request must generate is thrown away."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        sampling = SamplingParams(
+            max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
+        outputs = await asyncio.gather(*(self._ask(text_T, sampling) for text_T in text_NT))
+        return [output.prompt_logprobs.logprobs for output in outputs]
+
     async def _answer_all(self, requests: Sequence[Request], stream: str) -> list[Any]:
         return await asyncio.gather(*(self._answer(request, stream) for request in requests))
 
     async def _answer(self, request: Request, stream: str) -> list[Any] | str:
         """vLLM's C outputs for one prompt, or why there are none."""
+        if why := does_not_fit(request, self.longest_prompt, self.vocabulary):
+            return why
+        try:
+            last = await self._ask(request.prompt.ids, self._sampling(request, stream))
+            return last.outputs if last else "vLLM gave no answer"
+        except EngineDied:
+            raise
+        except Exception as error:
+            return f"vLLM: {_one_line(error.__cause__ or error)}"
+
+    async def _ask(self, ids: Any, sampling: Any) -> Any:
+        """vLLM's last output for one prompt; None if there was none."""
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        if why := does_not_fit(request, self.longest_prompt, self.vocabulary):
-            return why
-        prompt = tokens_input(np.asarray(request.prompt.ids).tolist())
         async with self._updating:
             self._running += 1
         try:
-            last = None
-            number = str(next(self._numbers))
+            last, prompt = None, tokens_input(np.asarray(ids).tolist())
             async for output in self.process.llm.generate(
-                prompt, self._sampling(request, stream), number
+                prompt, sampling, str(next(self._numbers))
             ):
                 last = output
-            return last.outputs if last else "vLLM gave no answer"
+            return last
         except EngineDeadError as error:
             raise EngineDied(DIED) from error
-        except Exception as error:
-            return f"vLLM: {_one_line(error.__cause__ or error)}"
         finally:
             self._running -= 1
 

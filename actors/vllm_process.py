@@ -126,7 +126,7 @@ def engine_arguments(config: Config, shape: PretrainedConfig, directory: str) ->
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    settings, longest = config.rollout.vllm, context(config, shape)
+    settings, longest = config.rollout.vllm, policy.context(config, shape)
     cpu: dict[str, Any] = {}
     if not config.cluster.actor_gpus:
         # A prompt in chunks ends vLLM 0.32.0 on CPU when its request has a seed: it rewinds the
@@ -155,10 +155,3 @@ def engine_arguments(config: Config, shape: PretrainedConfig, directory: str) ->
         disable_log_stats=True,
         **cpu,
     )
-
-
-def context(config: Config, shape: PretrainedConfig) -> int:
-    """Prompt and response together, at most, in tokens."""
-    limit = policy.context_limit(shape)
-    longest = config.prompts.max_tokens
-    return min(limit, longest + config.rollout.max_tokens) if longest else limit

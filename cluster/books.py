@@ -13,6 +13,9 @@ from configs.schema import Config
 from learner.cells import StepRecord
 
 
+MISMATCHES = ("engine_mismatch_kl", "engine_mismatch_probe")
+
+
 class Books:
     """The files of one run, the tally, and how far it is."""
 
@@ -48,12 +51,14 @@ class Books:
 
     def _check_mismatch(self, line: dict[str, Any]) -> None:
         """Law 3: say loudly, once, that weights did not arrive; count the steps that show it."""
-        limit, kl = self.config.limits.engine_mismatch_kl, line.get("engine_mismatch_kl")
-        if limit is not None and kl is not None and kl > limit:
+        limit = self.config.limits.engine_mismatch_kl
+        seen = {name: line[name] for name in MISMATCHES if name in line}
+        worst = max(seen, key=lambda name: seen[name], default=None)
+        if limit is not None and worst is not None and seen[worst] > limit:
             self.tally.mismatches += 1
             if self.tally.mismatches == 1:
                 self.say(
-                    f"WEIGHTS DID NOT ARRIVE: engine_mismatch_kl {kl:.2g} nats/token at step "
+                    f"WEIGHTS DID NOT ARRIVE: {worst} {seen[worst]:.2g} nats/token at step "
                     f"{line['step']}, over limits.engine_mismatch_kl={limit:g}: rollouts were not "
                     "made by the weights whose version they carry"
                 )

@@ -29,6 +29,11 @@ METRICS = (
         "nats/token",
         "KL(π_gen‖π_θ) of the age-0 tokens: the engine's numerical floor, if weights arrive",
     ),
+    Metric(
+        "engine_mismatch_probe",
+        "nats/token",
+        "mean ρ − 1 − log ρ of learner to engine on the probe text, since the last batch at most",
+    ),
     Metric("kl_from_generator", "nats/token", "KL(π_gen‖π_θ) at π_gen's prefixes"),
     Metric("kl_to_reference", "nats/token", "KL(π_θ‖π_ref) at π_gen's prefixes"),
     Metric("ess", "fraction", "(Σρ)²/(n·Σρ²) of sequence ratios ρ = π_θ/π_gen"),

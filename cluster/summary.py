@@ -17,7 +17,8 @@ class Tally:
         self.cells: cells.Cells = {}
         self.steps = self.skipped = self.batches = 0
         self.tokens = self.rollouts = 0
-        self.mismatches = 0  # steps with engine_mismatch_kl over its limit
+        self.mismatches = 0  # steps with an engine mismatch over its limit
+        self.probed: float | None = None  # the largest of the probe's mismatches
         self.reward_sum, self.reward_count = 0.0, 0
         self.parts: Counter[str] = Counter()  # seconds of rank 0, by part of an update
         self.last_cells: cells.Cells = {}
@@ -51,6 +52,8 @@ class Tally:
         if first.stepped:  # what a skipped batch measured is not finite
             self.last_cells = cells.add(record.cells for record in ranks)
             self.cells = cells.add([self.cells, self.last_cells])
+        if (probed := first.queue.get("engine_mismatch_probe")) is not None:
+            self.probed = max(probed, self.probed or 0.0)
         self.tokens += first.index["tokens"]
         self.rollouts += first.index["rollouts"]
         if first.index["reward_mean"] is not None:
@@ -86,7 +89,7 @@ class Tally:
 
 
 _SUMS = (
-    "steps", "skipped", "batches", "tokens", "rollouts", "mismatches", "reward_sum", "reward_count",
+    "steps", "skipped", "batches", "tokens", "rollouts", "mismatches", "probed", "reward_sum", "reward_count",
 )  # fmt: skip
 
 
@@ -124,6 +127,7 @@ def summarise(
         "reward_mean": tally.reward_sum / tally.reward_count if tally.reward_count else None,
         "kl_to_generator": whole.get("kl_to_generator"),
         "engine_mismatch_kl": cells.engine_mismatch(tally.cells),
+        "engine_mismatch_probe": tally.probed,
         "engine_mismatch_alarms": tally.mismatches,
         "kl_from_generator": whole.get("kl_from_generator"),
         "kl_to_reference": last.get("kl_to_reference"),

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actors import policy
+from actors import policy, probe
+from actors.probe import Probe
 from actors.rollout import Rollouts, Version
 from configs import faults
 from configs.schema import Config, DataSource, Proximal, Schedule
@@ -47,6 +48,7 @@ class Learner:
             scratch = self._frozen(path)
             self.conditionals = Conditionals(config, scratch, self.reference)
         self.round = -1
+        self._probe_NT = probe.text(config, model.config)
 
     def _frozen(self, path: str) -> nn.Module:
         """The initial network, not to be trained, on the engine's device."""
@@ -63,6 +65,18 @@ class Learner:
         """Keep published weights for measuring KL, where it is exact."""
         if self.conditionals is not None:
             self.conditionals.remember(version, flat)
+
+    def probe(self) -> Probe | None:
+        """The probe under the current weights, to be published with them; collective under ZeRO-3,
+        elsewhere rank 0's alone. None where the context is too short for one."""
+        gathers = self.config.learner.zero_stage == 3
+        if self._probe_NT.shape[1] < 2 or (self.rank and not gathers):
+            return None
+        network = self.engine.engine if gathers else self.engine.engine.module
+        network.eval()
+        logp_NL = probe.score(network, self._probe_NT, self.engine.device)
+        network.train()
+        return Probe(self._probe_NT, logp_NL)
 
     @property
     def initial(self) -> np.ndarray:

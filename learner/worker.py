@@ -27,7 +27,7 @@ class LearnerWorker:
         self.config = config
         self.rank = rank
         # What actors may still be given: the newest, those that are due later, one on its way.
-        self.published: deque[tuple[Version, Any]] = deque(maxlen=config.replay.lag + 2)
+        self.published: deque[tuple[Version, list[Any]]] = deque(maxlen=config.replay.lag + 2)
 
     def address(self) -> tuple[str, int]:
         """Host and a free port, for rank 0 to be met at."""
@@ -54,15 +54,14 @@ class LearnerWorker:
             before = checkpoint.load(self.learner, folder, lineage)
         for version, flat in before:
             self.learner.remember(version, flat)
-            self._publish(version, flat)
+            self._publish(version, [self._put(flat), None])
         weights = self._put_weights()
-        self._publish(self.learner.version, weights)
+        self._publish(self.learner.version, [weights, self.learner.probe()])
         return [self._put(self.learner.initial), weights]
 
-    def _publish(self, version: Version, weights: Any) -> None:
+    def _publish(self, version: Version, weights: list[Any]) -> None:
         if self.rank == 0:
-            reference = ray.put(weights) if isinstance(weights, np.ndarray) else weights
-            self.queue.publish(version, reference)
+            self.queue.publish(version, weights)
 
     def train(self, batches: int, folder: str = "") -> list[StepRecord]:
         """Consume so many batches; fewer where the run was closed.
@@ -92,7 +91,10 @@ class LearnerWorker:
         evaluates = self.learner.evaluates(self.number)
         weights = self._put_weights() if publishes or evaluates else None
         faults.hit("learner.publish.before")
-        due = (self.learner.version, weights) if publishes and weights is not None else None
+        probe = self.learner.probe() if publishes else None
+        due = None
+        if publishes and self.rank == 0:
+            due = (self.learner.version, [weights, probe])
         self.queue.commit(batch, record.stepped, derived, due, folder)
         faults.hit("learner.publish.after")
         record.weights = [weights] if evaluates and weights is not None else None
@@ -110,7 +112,7 @@ class LearnerWorker:
         started = time.perf_counter()
         self.queue.settle()
         newest = self.learner.version.step
-        lagged = [(v, ray.get(w)) for v, w in self.published if v.step < newest]
+        lagged = [(v, ray.get(w[0])) for v, w in self.published if v.step < newest]
         checkpoint.save(self.learner, self.learner.engine.writer, folder, lagged)
         return time.perf_counter() - started
 

@@ -39,6 +39,9 @@ class LocalQueue:
     def put(self, lease: Lease, block: Rollouts) -> None:
         self.queue.put(lease, block)
 
+    def probed(self, nats: float) -> None:
+        self.queue.probed(nats)
+
 
 class LocalRewards:
     """`actors.actor.RewardClient` that calls the reward itself."""
@@ -72,7 +75,7 @@ class Local:
         self.config = config
         self.queue = new_queue(config)
         self.learner = Learner(config, 0)
-        self.queue.publish(self.learner.version, [self.learner.weights()])
+        self._publish()
         prompts = inputs.prompts(config)
         self.actors = [
             RolloutActor(i, TorchEngine(config), prompts, LocalQueue(self.queue),
@@ -103,8 +106,12 @@ class Local:
             record, derived = self.learner.consume(batch)
             self.queue.commit(0, number, 0, record.stepped, derived)
             if self.learner.publishes(number):
-                self.queue.publish(self.queue.version, [self.learner.weights()])
+                self._publish()
             yield record
+
+    def _publish(self) -> None:
+        published = [self.learner.weights(), self.learner.probe()]
+        self.queue.publish(self.learner.version, published)
 
 
 class _Once(LocalQueue):

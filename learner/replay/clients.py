@@ -21,6 +21,7 @@ class ActorQueue:
         self.wait_seconds = wait_seconds
         self.slot = slot
         self._done = -1  # the last lease handed in
+        self._probed: float | None = None  # for the next call to carry
         self._put: list[Any] = []  # its put, whose failure the next call raises
 
     def lease(self, actor: int) -> Lease | None:
@@ -34,7 +35,8 @@ class ActorQueue:
     def newer(self, than: Version) -> Lease | None:
         """The newest weights that actors may have, once newer than these; None at the end."""
         while True:
-            answer = ray.get(self.handle.newer.remote(than), timeout=self.wait_seconds)
+            call = self.handle.newer.remote(than, self._carried())
+            answer = ray.get(call, timeout=self.wait_seconds)
             if answer != "wait":
                 return None if answer == "over" else answer
 
@@ -43,17 +45,29 @@ class ActorQueue:
 
     def put(self, lease: Lease, block: Rollouts) -> None:
         self._done = lease.id
-        self._put = [self.handle.put.remote(lease, block)]
+        self._put = [self.handle.put.remote(lease, block, self._carried())]
+
+    def probed(self, nats: float) -> None:
+        self._probed = nats
+
+    def _carried(self) -> float | None:
+        nats, self._probed = self._probed, None
+        return nats
 
 
 class LearnerQueue:
     """The queue as one learner rank sees it.
 
-    published: takes what is published, and has what a restarted queue may ask for again.
+    published: takes what is published, [reference, probe], and has what a restarted queue may ask
+    for again.
     """
 
     def __init__(
-        self, handle: Any, rank: int, wait_seconds: float, published: deque[tuple[Version, Any]]
+        self,
+        handle: Any,
+        rank: int,
+        wait_seconds: float,
+        published: deque[tuple[Version, list[Any]]],
     ) -> None:
         self.handle = handle
         self.rank = rank
@@ -79,7 +93,7 @@ class LearnerQueue:
 
     def commit(
         self, batch: Batch, stepped: bool, derived: dict[str, np.ndarray],
-        weights: tuple[Version, Any] | None = None, cut: str = "",
+        weights: tuple[Version, list[Any]] | None = None, cut: str = "",
     ) -> None:  # fmt: skip
         """Report a step or skip, without waiting for the answer.
 
@@ -89,7 +103,7 @@ class LearnerQueue:
             self._published.append(weights)
         call = self.handle.commit.remote(
             batch.lineage, batch.number, self.rank, stepped, derived,
-            None if weights is None else [weights[1]], cut,
+            None if weights is None else weights[1], cut,
         )  # fmt: skip
         self._commits = [*self._commits[-1:], call]
         if not stepped:
@@ -99,11 +113,11 @@ class LearnerQueue:
         """Wait until the queue has taken every commit; what it refused is raised."""
         ray.get(self._commits, timeout=self.wait_seconds)
 
-    def publish(self, version: Version, weights: Any) -> None:
+    def publish(self, version: Version, weights: list[Any]) -> None:
         """Make weights known, and wait until they are."""
         self._published.append((version, weights))
-        ray.get(self.handle.publish.remote(version, [weights]), timeout=self.wait_seconds)
+        ray.get(self.handle.publish.remote(version, weights), timeout=self.wait_seconds)
 
     def _publish_again(self) -> None:
-        calls = [self.handle.publish.remote(v, [weights]) for v, weights in self._published]
+        calls = [self.handle.publish.remote(v, weights) for v, weights in self._published]
         ray.get(calls, timeout=self.wait_seconds)

@@ -58,6 +58,7 @@ class ReplayQueue:
         self.held: dict[GroupId, Held] = {}  # in a round being consumed
         self.weights: dict[int, Any] = {}  # by step
         self.row_reuse: Counter[tuple[int, int]] = Counter()  # offline: (row, member) → reuse
+        self._probed: float | None = None  # the most nats/token since a batch was frozen
         self._open: dict[int, _Open] = {}  # by number: the batch in hand, and one ahead of it
 
     # Actors: lease, put, release.
@@ -99,6 +100,11 @@ class ReplayQueue:
     def put(self, lease: Lease, block: Rollouts) -> None:
         """Take a lease's groups, all members terminal; those that are known already are ignored."""
         self.line.put(lease, block)
+
+    def probed(self, nats: float | None) -> None:
+        """How far an engine's scores of the probe text were from the learner's, if it was asked."""
+        if nats is not None:
+            self._probed = nats if self._probed is None else max(nats, self._probed)
 
     def release(self, actor: int | None, blame: bool = True) -> tuple[int, list[int]]:
         """Leases of a dead actor are to be issued again, see `Line.release`."""
@@ -189,7 +195,9 @@ class ReplayQueue:
             "queue_depth": self.ledger.queued,
             "rollouts_in_flight": self.ledger.in_flight,
             "retired_total": dict(self.ledger.retired),
+            "engine_mismatch_probe": self._probed,
         }
+        self._probed = None
         tags = index(held, reuse, step, self.plan.offline)
         self._open[number] = _Open(number, step, round_, ids, tags, measures)
         return True
@@ -274,7 +282,9 @@ class ReplayQueue:
         if stepped:
             self.version = Version(self.version.lineage, self.version.step + 1)
         else:
-            self._open.pop(self.committed, None)  # it was tagged as if this one had stepped
+            ahead = self._open.pop(self.committed, None)  # tagged as if this one had stepped
+            for unseen in (batch, ahead):  # a skipped batch has no metrics line, this one no more
+                self.probed(unseen.measures["engine_mismatch_probe"] if unseen else None)
 
     def _write_back(self, batch: _Open) -> None:
         each = -(-self.plan.groups_per_batch // self.ranks)

@@ -114,16 +114,18 @@ class QueueService:
             self._note(recovery.leased(actor, slot, done))
         return answer or "wait"
 
-    async def newer(self, than: Version) -> Lease | str:
+    async def newer(self, than: Version, probed: float | None = None) -> Lease | str:
         """Weights newer than these, see `ReplayQueue.newer`; "wait" and "over" as `lease` has."""
+        self.queue.probed(probed)
         found = await self._until(lambda: self._over() or self.queue.newer(than), POLL_SECONDS)
         return found or "wait"
 
     def _over(self) -> str | None:
         return "over" if self.closed or self.queue.finished else None
 
-    async def put(self, lease: Lease, block: Rollouts) -> None:
+    async def put(self, lease: Lease, block: Rollouts, probed: float | None = None) -> None:
         faults.hit("queue.put.before")
+        self.queue.probed(probed)
         self.queue.put(lease, block)
         if self.journal:
             self._note(recovery.put(lease, block))
@@ -140,7 +142,7 @@ class QueueService:
     # Learner ranks.
 
     async def publish(self, version: Version, weights: list[Any]) -> None:
-        """weights: a list with the object reference, so that Ray does not fetch it here."""
+        """weights: a list, so that Ray does not fetch it here, of object reference and probe."""
         self._publish(version, weights)
         self._wants_weights = False
         self._wake()

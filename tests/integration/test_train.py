@@ -83,6 +83,9 @@ def test_pipelined_no_sample_over_the_budget_reaches_a_gradient(ray_cluster, tmp
     assert max(line["age"]["max"] for line in lines) == summary["age"]["max"] <= max_age
     assert summary["ledger"]["retired"]["expired"] == 0 and balanced(summary["ledger"])
     assert summary["reuse"]["histogram"] == {"1": 3000}
+    probed = [nats for line in lines if (nats := line.get("engine_mismatch_probe")) is not None]
+    assert len(probed) >= 5 and summary["engine_mismatch_probe"] == max(probed) <= 1e-9
+    assert summary["engine_mismatch_alarms"] == 0
 
 
 def test_lag_sets_the_age_at_first_use(ray_cluster, tmp_path):

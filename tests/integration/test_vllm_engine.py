@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors import policy
+from actors import policy, probe
 from actors.actor import RolloutActor
 from actors.engine import Request
 from actors.prompts import Prompt
@@ -217,6 +217,37 @@ def test_tokens_after_an_update_see_nothing_of_the_old_weights(engine, model):
                 assert np.abs(apart[mine]).max() <= TOLERANCE
 
 
+def test_scores_of_the_probe_are_those_of_transformers_and_change_no_rollout(engine, model):
+    engine.load(weights(model, 4), Version(0, 4))
+    text_NT = probe.text(engine.config, model.config)
+    block = engine.generate(requests(*ONE_TOKEN), "rollout")
+    engine.config.rollout.temperature = 0.6  # the probe's is 1 whatever the rollouts'
+    for _ in range(2):
+        apart_NL = engine.score(text_NT) - probe.score(model, text_NT, "cpu")
+        assert apart_NL.shape == (4, 10) and np.abs(apart_NL).max() <= TOLERANCE
+    engine.config.rollout.temperature = 1.0
+    assert texts(engine.generate(requests(*ONE_TOKEN), "rollout")) == texts(block)
+
+
+def test_right_after_an_update_in_mid_generation_the_probe_agrees(engine, model, monkeypatch):
+    engine.config.rollout.max_tokens, engine.config.rollout.responses_per_prompt = 100, 8
+    text_NT, load, apart = probe.text(engine.config, model.config), engine.load, []
+
+    def load_and_probe(flat: np.ndarray, version: Version) -> None:
+        load(flat, version)
+        running = engine._running > 0
+        scores_NL = engine.score(text_NT)
+        apart.append((running, np.abs(scores_NL - probe.score(model, text_NT, "cpu")).max()))
+
+    monkeypatch.setattr(engine, "load", load_and_probe)
+    block, _ = generate_under_updates(
+        engine, requests(*[[3, 1, 4] * 15] * 8), lambda step: weights(model, step)
+    )
+    assert (block.status_N == VALID).all() and (block.length_N == 100).all()
+    assert sum(running for running, _ in apart) >= 4
+    assert max(nats for _, nats in apart) <= TOLERANCE
+
+
 @pytest.mark.parametrize("kind", ["torch", "vllm"])
 def test_the_queue_sees_no_difference_between_engines(engine, small_policy, kind):
     config = prepare("bandit_vllm", [*small_policy, f"rollout.engine={kind}", "learner.updates=20"])
@@ -240,6 +271,9 @@ def test_the_queue_sees_no_difference_between_engines(engine, small_policy, kind
     known = [cells.engine_mismatch(record.cells) for record in records]
     assert [kl is not None for kl in known] == ([True] + [False] * 9) * 2
     assert all(kl <= TOLERANCE for kl in known if kl is not None)
+    probed = [record.queue["engine_mismatch_probe"] for record in records]
+    assert [nats is not None for nats in probed] == ([True] + [False] * 9) * 2
+    assert all(nats <= TOLERANCE for nats in probed if nats is not None)
 
 
 def test_a_head_size_that_vllm_does_not_know_ends_before_anything_starts(tmp_path):

@@ -11,6 +11,7 @@ from actors.actor import Lease
 from actors.engine import Request
 from actors.in_flight import InFlightActor
 from actors.packing import pack
+from actors.probe import Probe
 from actors.prompts import Prompt
 from actors.rollout import GroupId, Rollouts, Version
 from tests.harness import LocalRewards, settings
@@ -28,6 +29,11 @@ class SlowEngine:
         assert weights[0] == version.step
         self.version = version
         self.loaded.append(version)
+
+    def score(self, text_NT: np.ndarray) -> np.ndarray:
+        """Only the weights that were loaded agree with what `Published` has their learner say."""
+        time.sleep(0.005)
+        return np.full(text_NT[:, 1:].shape, -float(self.version.step), dtype=np.float32)
 
     def generate(self, requests: list[Request], stream: str) -> Rollouts:
         self.running += 1
@@ -48,11 +54,13 @@ class Published:
         self.began = time.monotonic()
         self.leases: queue.Queue[int] = queue.Queue()
         self.blocks: list[tuple[Lease, Rollouts]] = []
+        self.probes: list[float] = []
         for position in range(6):
             self.leases.put(position)
 
     def _lease(self, id_: int, groups: tuple[GroupId, ...], step: int) -> Lease:
-        return Lease(id_, groups, Version(0, step), [np.array([step], dtype=np.float32)])
+        said = Probe(np.zeros((1, 2), dtype=np.int32), np.array([[-step]], dtype=np.float32))
+        return Lease(id_, groups, Version(0, step), [np.array([step], dtype=np.float32), said])
 
     def _step(self) -> int:
         return int((time.monotonic() - self.began) / 0.02)
@@ -77,6 +85,9 @@ class Published:
     def put(self, lease: Lease, block: Rollouts) -> None:
         self.blocks.append((lease, block))
 
+    def probed(self, nats: float) -> None:
+        self.probes.append(nats)
+
 
 class Prompts:
     def __getitem__(self, position: int) -> Prompt:
@@ -99,6 +110,12 @@ def test_slots_share_the_engine_and_versions_only_go_up():
         assert not np.isnan(block.reward_N).any()
     assert any(len(set(block.step_K)) > 1 for _, block in published.blocks)
     assert seconds["generate"] > 0.5
+
+
+def test_every_load_is_probed_before_another_changes_the_weights():
+    engine, published = SlowEngine(), Published()
+    actor_of(engine, published).run()
+    assert published.probes == [0.0] * len(engine.loaded)
 
 
 def test_a_failure_in_one_thread_ends_the_actor_at_once():
