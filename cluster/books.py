@@ -12,7 +12,6 @@ from cluster.run_directory import RunDirectory
 from configs.schema import Config
 from learner.cells import StepRecord
 
-
 MISMATCHES = ("engine_mismatch_kl", "engine_mismatch_probe")
 
 

@@ -89,7 +89,8 @@ class Tally:
 
 
 _SUMS = (
-    "steps", "skipped", "batches", "tokens", "rollouts", "mismatches", "probed", "reward_sum", "reward_count",
+    "steps", "skipped", "batches", "tokens", "rollouts", "mismatches", "probed", "reward_sum",
+    "reward_count",
 )  # fmt: skip
 
 
