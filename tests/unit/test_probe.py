@@ -8,7 +8,7 @@ import pytest
 
 from actors import policy, probe
 from actors.rollout import Version
-from cluster.train import Run
+from cluster.books import Books
 from learner import cells
 from learner.cells import StepRecord
 from tests.harness import Local, new_queue, settings
@@ -82,16 +82,16 @@ def records_of(broken: bool) -> list[StepRecord]:
 def alarm(records: list[StepRecord]) -> tuple[int, list[str]]:
     """Alarms counted, and what was said, over metrics lines of these steps."""
     said: list[str] = []
-    run: Any = SimpleNamespace(
+    books: Any = SimpleNamespace(
         config=settings(*PIPELINED),
         tally=SimpleNamespace(mismatches=0),
-        progress=SimpleNamespace(message=said.append),
+        say=said.append,
     )
     for record in records:
         kl = cells.engine_mismatch(record.cells)
         line = {"step": record.version.step, "engine_mismatch_kl": kl, **record.queue}
-        Run._check_mismatch(run, {name: v for name, v in line.items() if v is not None})
-    return run.tally.mismatches, said
+        Books._check_mismatch(books, {name: v for name, v in line.items() if v is not None})
+    return books.tally.mismatches, said
 
 
 def test_a_forgotten_update_trips_the_alarm_of_a_pipelined_run_without_age_0_tokens():

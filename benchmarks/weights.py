@@ -1,0 +1,269 @@
+"""What a change of weights costs, beside cloning them; and what rollout actors generate.
+
+An update is measured from the moment the learner begins to read out its weights until the engine
+may generate again, over the way of a run: read-out, Ray's object store, the actor's process, the
+engine. Beside it, in turns, the same weights are cloned into fresh memory in the learner's process.
+vLLM is also updated while it generates, and each token's version shows that it did. Generation is
+without queue and reward service.
+
+Settings of its own: sizes=1M,25M,260M engines=torch,vllm repeats=5 actors=1,2,4 seconds=5 (of
+generation for each number of actors; 0 leaves it out); all others are those of a run.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ray
+
+from benchmarks.weights_table import generation_table, update_table
+from cluster import connection
+from cluster.remote import spawn
+from cluster.run_directory import describe_environment
+from configs.errors import ConfigError
+from configs.load import prepare
+from configs.schema import Config
+
+TARGET = Path("runs/bench/weights.json")
+LIMITS = {"torch": 1.5, "vllm": 2.5}  # times the clone, after ALLOWANCE
+ALLOWANCE = 0.060  # seconds that an update may cost at any size
+HEAD, VOCABULARY = 64, 256  # vLLM's CPU attention knows heads of 64
+KV_CACHE_GIB = 0.5
+POLL_SECONDS = 5.0
+UNDER_WAY = 0.15  # seconds after which generation is in the middle
+
+
+class Size(NamedTuple):
+    """A GPT-2 of width 64·heads; prompts and tokens of one lease keep it busy for a while."""
+
+    layers: int
+    heads: int
+    prompts: int
+    tokens: int
+
+
+SIZES = {"1M": Size(5, 2, 10, 128), "25M": Size(8, 8, 4, 64), "260M": Size(21, 16, 1, 32)}
+
+
+class Settings(NamedTuple):
+    """The bench's own settings."""
+
+    sizes: tuple[str, ...] = tuple(SIZES)
+    engines: tuple[str, ...] = tuple(LIMITS)
+    repeats: int = 5
+    actors: tuple[int, ...] = (1, 2, 4)
+    seconds: float = 5.0
+
+
+def parse(overrides: list[str]) -> tuple[Settings, list[str]]:
+    """The bench's own settings, and the rest. ConfigError for a value that cannot be used."""
+    own: dict[str, Any] = {}
+    rest = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key not in Settings._fields:
+            rest.append(text)
+            continue
+        try:
+            own[key] = _value(key, value)
+        except ValueError:
+            known = {"sizes": ",".join(SIZES), "engines": ",".join(LIMITS), "actors": "1,2,4"}
+            fix = f"set {key}={known.get(key, getattr(Settings(), key))}"
+            raise ConfigError(key, value, "cannot be used", fix) from None
+    return Settings(**own), rest
+
+
+def _value(key: str, value: str) -> Any:
+    """A setting's value; ValueError where it is none."""
+    if key in ("sizes", "engines"):
+        names, known = tuple(value.split(",")), SIZES if key == "sizes" else LIMITS
+        if not set(names) <= set(known):
+            raise ValueError
+        return names
+    if key == "actors":
+        counts = tuple(sorted({int(count) for count in value.split(",")}))
+        if counts[0] < 1:
+            raise ValueError
+        return counts
+    number = int(value) if key == "repeats" else float(value)
+    if number < (1 if key == "repeats" else 0):
+        raise ValueError
+    return number
+
+
+def configured(name: str, engine: str, overrides: list[str]) -> Config:
+    """A run's settings for a size and an engine."""
+    size = SIZES[name]
+    shape = {"vocabulary": VOCABULARY, "layers": size.layers, "heads": size.heads,
+             "width": HEAD * size.heads}  # fmt: skip
+    return prepare("bandit_vllm", [
+        f"rollout.engine={engine}", f"rollout.max_tokens={size.tokens}",
+        f"rollout.vllm.kv_cache_gib={KV_CACHE_GIB}",
+        *(f"policy.bandit.{key}={value}" for key, value in shape.items()), *overrides,
+    ])  # fmt: skip
+
+
+def main(overrides: list[str]) -> None:
+    """Print what updates cost and what actors generate, as tables; write both as JSON."""
+    settings, rest = parse(overrides)
+    pairs = [(size, engine) for size in settings.sizes for engine in settings.engines]
+    configs = {pair: configured(*pair, rest) for pair in pairs}
+    out: dict[str, Any] = {
+        "environment": describe_environment(), "settings": settings._asdict(), "overrides": rest,
+        "allowance_ms": 1e3 * ALLOWANCE, "updates": [], "generation": [],
+    }  # fmt: skip
+    with connection.connected(configs[pairs[0]].cluster):
+        for (size, engine), config in configs.items():
+            out["updates"] += updates(size, engine, config, settings.repeats)
+        for engine in settings.engines if settings.seconds else ():
+            size = settings.sizes[0]
+            out["generation"] += generation(size, engine, configs[size, engine], settings)
+    print(update_table(out["updates"]))
+    if out["generation"]:
+        print(generation_table(out["generation"]))
+    TARGET.parent.mkdir(parents=True, exist_ok=True)
+    TARGET.write_text(json.dumps(out, indent=2) + "\n", encoding="utf-8")
+
+
+def updates(size: str, engine: str, config: Config, repeats: int) -> list[dict[str, Any]]:
+    """Rows of the update table: idle, and for vLLM in mid-generation too."""
+    with started("Sender", config, f"{size}: learner's side") as (sender, _):
+        parameters = ray.get(sender.call.remote("parameters"))
+        with started("Receiver", config, f"{size}: {engine} actor") as (receiver, start_seconds):
+            rows = []
+            for generating in (False, True) if engine == "vllm" else (False,):
+                print(f"{size}: {engine}, {'generating' if generating else 'idle'}", flush=True)
+                measured = [
+                    _pair(sender, receiver, config, SIZES[size].prompts * generating, repeat)
+                    for repeat in range(repeats + 1)
+                ]
+                row = {"size": size, "parameters": parameters, "engine": engine,
+                       "generating": generating, "start_seconds": start_seconds}  # fmt: skip
+                rows.append(row | _row(measured, LIMITS[engine]))
+            return rows
+
+
+def _pair(
+    sender: Any, receiver: Any, config: Config, prompts: int, repeat: int
+) -> dict[str, Any]:  # fmt: skip
+    """Seconds of one clone and of one update after it, while `prompts` are answered (0: idle)."""
+    seconds = config.limits.wait_seconds
+    clone = ray.get(sender.call.remote("clone"), timeout=seconds)
+    generation = None
+    if prompts:
+        generation = receiver.call.remote("generate", prompts)
+        time.sleep(UNDER_WAY)
+    sent = ray.get(sender.call.remote("publish"), timeout=seconds)
+    taken = ray.get(receiver.call.remote("update", sent["weights"], repeat), timeout=seconds)
+    versions = ray.get(generation, timeout=seconds)["versions"] if generation else 1
+    inside = taken["parts"]
+    return {
+        "clone": clone,
+        "update": taken["resumed"] - sent["started"],
+        "in_flight": versions > 1,
+        "parts": {
+            "read": sent["read"] - sent["started"],
+            "put": sent["put"] - sent["read"],
+            "hand_over": taken["arrived"] - sent["put"],
+            "get": taken["got"] - taken["arrived"],
+            "copy": taken["resumed"] - taken["got"] - sum(inside.values()),
+            **inside,
+        },
+    }
+
+
+def _row(measured: list[dict[str, Any]], limit: float) -> dict[str, Any]:
+    """Medians and ranges in ms over all but the first, which fills caches and touches memory."""
+    first, *rest = measured
+    clone, update = ([m[name] for m in rest] for name in ("clone", "update"))
+    baseline, cost = statistics.median(clone), statistics.median(update)
+    names = dict.fromkeys(name for m in rest for name in m["parts"])
+    return {
+        "clone_ms": 1e3 * baseline,
+        "clone_all_ms": [1e3 * seconds for seconds in clone],
+        "update_ms": 1e3 * cost,
+        "update_all_ms": [1e3 * seconds for seconds in update],
+        "first_ms": 1e3 * first["update"],
+        "ratio": cost / baseline,
+        "ratio_less_allowance": max(0.0, cost - ALLOWANCE) / baseline,
+        "limit": limit,
+        "within": cost <= limit * baseline + ALLOWANCE,
+        "in_flight": sum(m["in_flight"] for m in rest),
+        "parts_ms": {
+            name: 1e3 * statistics.median(m["parts"].get(name, 0.0) for m in rest)
+            for name in names
+        },
+    }  # fmt: skip
+
+
+def generation(
+    size: str, engine: str, config: Config, settings: Settings
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of the generation table. Actors start one after another, as many as the next row asks
+    for, so each pays its start once and no idle one is in the way. Their weights are those that
+    the engine began with: what they are makes no difference to the time."""
+    rows: list[dict[str, Any]] = []
+    fleet: list[Any] = []
+    starts: list[float] = []
+    try:
+        for actors in settings.actors:
+            while len(fleet) < actors:
+                what = f"{size}: {engine} actor {len(fleet)}"
+                actor, seconds = _start("Receiver", config, what)
+                fleet.append(actor)
+                starts.append(seconds)
+                ray.get(actor.call.remote("generate", SIZES[size].prompts))  # warm-up
+            row = _generate(size, engine, fleet, settings.seconds)
+            rows.append({**row, "start_seconds": starts[:actors]})
+    finally:
+        for actor in fleet:
+            _end(actor)
+    return rows
+
+
+def _generate(size: str, engine: str, fleet: list[Any], seconds: float) -> dict[str, Any]:
+    """One row: what these actors make together."""
+    prompts = SIZES[size].prompts
+    print(f"{size}: {engine}, {len(fleet)} actor(s) generate for {seconds:g} s", flush=True)
+    made = ray.get([actor.call.remote("generate_for", seconds, prompts) for actor in fleet])
+    rates = {
+        f"{name}_per_s": sum(m[name] / m["seconds"] for m in made)
+        for name in ("rollouts", "tokens")
+    }
+    return {"size": size, "engine": engine, "actors": len(fleet), **rates}
+
+
+@contextmanager
+def started(kind: str, config: Config, what: str) -> Iterator[tuple[Any, float]]:
+    """A process of `benchmarks.weights_parts` and the seconds it took to start; it ends with the
+    block."""
+    actor, seconds = _start(kind, config, what)
+    try:
+        yield actor, seconds
+    finally:
+        _end(actor)
+
+
+def _start(kind: str, config: Config, what: str) -> tuple[Any, float]:
+    begun = time.monotonic()
+    actor = spawn(f"benchmarks.weights_parts:{kind}", config, num_cpus=0, max_concurrency=2)
+    call = actor.call.remote("ready")
+    while not ray.wait([call], timeout=POLL_SECONDS)[0]:
+        spent = time.monotonic() - begun
+        print(f"  {what} is starting, {spent:.0f} s", flush=True)
+        if spent > config.limits.startup_seconds:
+            raise TimeoutError(f"{what} is not ready after {spent:.0f} s")
+    ray.get(call)
+    seconds = time.monotonic() - begun
+    print(f"  {what} is ready after {seconds:.1f} s", flush=True)
+    return actor, seconds
+
+
+def _end(actor: Any) -> None:
+    """End a process, and vLLM's below it."""
+    ray.wait([actor.call.remote("close")], timeout=30.0)
+    ray.kill(actor)
