@@ -11,11 +11,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from actors.rollout import Rollouts
+from actors.rollout import STATUS_NAMES, VALID, Rollouts
+from configs.errors import one_line
 
 _ARRAY = "__array__"
 _TREE = "tree"
 _ROLLOUT_SCALARS = ("members", "temperature")
+_KINDS = {"reward_N": "f", "logp_K": "f", "truncated_N": "b"}  # of arrays; others are integers
 
 
 class DamagedError(ValueError):
@@ -40,8 +42,7 @@ def decode(data: bytes) -> Any:
         header = json.loads(data[8 : 8 + length])
         return _fill(json.loads(header["__metadata__"][_TREE]), arrays)
     except (SafetensorError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-        line = (str(error).splitlines() or [""])[0][:200]
-        raise DamagedError(f"{type(error).__name__}: {line}") from error
+        raise DamagedError(f"{type(error).__name__}: {one_line(str(error))}") from error
 
 
 def _strip(node: Any, arrays: dict[str, np.ndarray]) -> Any:
@@ -78,10 +79,40 @@ def block_tree(block: Rollouts) -> dict[str, Any]:
     }
 
 
-def block_from(tree: dict[str, Any]) -> Rollouts:
-    """The block of a decoded `block_tree`."""
-    return Rollouts(
-        failures={int(rollout): why for rollout, why in tree["failures"].items()},
-        **{name: tree[name] for name in _ROLLOUT_SCALARS},
-        **tree["columns"],
+def block_from(tree: Any) -> Rollouts:
+    """The block of a decoded `block_tree`; DamagedError for a tree that is of no block."""
+    try:
+        block = Rollouts(
+            failures={int(rollout): why for rollout, why in tree["failures"].items()},
+            **{name: tree[name] for name in _ROLLOUT_SCALARS},
+            **tree["columns"],
+        )
+        whole = _fits_together(block)
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise DamagedError(f"no block of rollouts: {one_line(repr(error))}") from error
+    if not whole:
+        raise DamagedError("no block of rollouts: its columns do not fit together")
+    return block
+
+
+def _fits_together(block: Rollouts) -> bool:
+    """Whether each column has its kind and its length, and each failure its reason."""
+    offsets = (block.offset_N1, block.prompt_offset_G1)
+    n, members = len(block.reward_N), block.members
+    sizes = {"G": block.groups, "N": n, "G1": block.groups + 1, "N1": n + 1}
+    sizes |= {"K": int(block.offset_N1[-1]), "P": int(block.prompt_offset_G1[-1])}
+    columns = {name: c for name, c in vars(block).items() if name.rpartition("_")[2] in sizes}
+    failed = {i for i, status in enumerate(block.status_N.tolist()) if status != VALID}
+    return (
+        type(members) is int
+        and members > 0
+        and n == members * block.groups
+        and type(block.temperature) in (int, float)
+        and all(isinstance(c, np.ndarray) and c.ndim == 1 for c in columns.values())
+        and all(c.dtype.kind in _KINDS.get(name, "iu") for name, c in columns.items())
+        and all(len(c) == sizes[name.rpartition("_")[2]] for name, c in columns.items())
+        and all(part[0] == 0 and bool((np.diff(part) >= 0).all()) for part in offsets)
+        and {block.status_N[i] for i in failed} <= STATUS_NAMES.keys()
+        and block.failures.keys() == failed
+        and all(isinstance(why, str) for why in block.failures.values())
     )

@@ -44,7 +44,7 @@ def text(config: Config, shape: PretrainedConfig) -> np.ndarray:
 @torch.no_grad()
 def score(model: Callable[..., Any], text_NT: np.ndarray, device: Any) -> np.ndarray:
     """log π(token | those before it) of all tokens but the first, [N, L] float32, nats."""
-    token_NT = torch.from_numpy(text_NT).long().to(device)
+    token_NT = torch.tensor(text_NT, dtype=torch.long, device=device)
     logits_NLV = model(token_NT, use_cache=False).logits[:, :-1].float()
     logp_NL1 = logits_NLV.log_softmax(-1).gather(-1, token_NT[:, 1:, None])
     return logp_NL1[..., 0].cpu().numpy()

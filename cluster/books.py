@@ -102,6 +102,7 @@ class Books:
         """Nothing is done yet: what a run without a checkpoint wrote is of no step that counts."""
         self.metrics.cut(0, 0)
         self.samples.truncate(0)
+        self.batch, self.tally = 0, summary.Tally()
         self.tally.begin()
 
     def close(self) -> None:

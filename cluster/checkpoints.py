@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from configs import faults
+from configs.errors import one_line
 
 MANIFEST = "manifest.json"
 DRIVER = "driver.json"
-_NAME = re.compile(r"batch-(\d{8})")
+_NAME = re.compile(r"batch-([0-9]{8})")
 _CHUNK = 1 << 20
 
 
@@ -86,23 +87,28 @@ class Checkpoints:
 
 
 def driver_state(path: Path) -> dict[str, Any]:
-    """What `complete` was given."""
-    state: dict[str, Any] = json.loads((path / DRIVER).read_text(encoding="utf-8"))
-    return state
+    """What `complete` was given. BadCheckpoint where that cannot be read."""
+    return _read_json(path / DRIVER)
 
 
 def verify(path: Path) -> None:
-    """Check every file against the manifest; BadCheckpoint names the first that differs."""
+    """Check every file against the manifest; BadCheckpoint names the first that differs.
+
+    Only files that lie in the checkpoint's own folder are looked at, whatever the manifest names.
+    """
+    manifest = path / MANIFEST
+    entries = _read_json(manifest)
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        expected = {str(name): (int(size), str(digest)) for name, (size, digest)
-                    in manifest.items()}  # fmt: skip
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise BadCheckpoint(f"{path / MANIFEST}: cannot be read: {type(error).__name__}") from error
-    if not {DRIVER} <= set(expected):
-        raise BadCheckpoint(f"{path / MANIFEST}: names no {DRIVER}")
+        expected = {name: (int(size), str(digest)) for name, (size, digest) in entries.items()}
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BadCheckpoint(f"{manifest}: cannot be read: {type(error).__name__}") from error
+    if DRIVER not in expected:
+        raise BadCheckpoint(f"{manifest}: names no {DRIVER}")
+    there = {str(file.relative_to(path)): file for file in _files(path)}
     for name, (size, digest) in expected.items():
-        file = path / name
+        file = there.get(name)
+        if file is None:
+            raise BadCheckpoint(f"{path}: holds no file {one_line(name)}")
         try:
             found = file.stat().st_size
             if found != size:
@@ -111,6 +117,24 @@ def verify(path: Path) -> None:
                 raise BadCheckpoint(f"{file}: is not what was written")
         except OSError as error:
             raise BadCheckpoint(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def _files(path: Path) -> list[Path]:
+    """The plain files of a folder and of those inside it; what links elsewhere is left out."""
+    home = path.resolve()
+    return [p for p in path.rglob("*") if p.is_file() and p.resolve().is_relative_to(home)]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        if not file.is_file():  # a pipe would never come to its end
+            raise FileNotFoundError
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"{file}: cannot be read: {type(error).__name__}") from error
+    if not isinstance(content, dict):
+        raise BadCheckpoint(f"{file}: is not a JSON object")
+    return content
 
 
 def _sha256(path: Path) -> str:

@@ -17,7 +17,8 @@ from reward_server.service import RewardService, deploy
 EXIT_SECONDS = 10.0
 EXPORT_SECONDS = 120.0
 
-Restored = tuple[str, int, int]  # a checkpoint's folder, the lineage from it on, its batch
+# A checkpoint's folder (or none), the lineage from it on, its batch.
+Restored = tuple[str, int, int]
 
 
 class QueueSilent(RuntimeError):
@@ -73,9 +74,9 @@ class Parts:
         self.fleet.wait_ready()
         return restored[2] if restored else 0
 
-    def roll_back(self, checkpoint: Path, actors_died: bool) -> Restored:
-        """Take the queue back to a checkpoint."""
-        folder = str(checkpoint.resolve())
+    def roll_back(self, checkpoint: Path | None, actors_died: bool) -> Restored:
+        """Take the queue back to a checkpoint; without one, to the beginning."""
+        folder = str(checkpoint.resolve()) if checkpoint else ""
         call = self.queue.roll_back.remote(folder, actors_died)
         lineage, batch = ray.get(call, timeout=self.config.limits.startup_seconds)
         return folder, lineage, batch
@@ -135,11 +136,13 @@ class Parts:
         limit = self.config.limits.wait_seconds
         ray.get([*calls, self.queue.cut.remote(batch, folder)], timeout=limit)
 
-    def written(self, batch: int, folder: str) -> list[Any]:
-        """Calls that come back once a checkpoint's parts are written."""
-        seconds = self.config.limits.stall_seconds
-        calls = [worker.call.remote("written", seconds) for worker in self.learners]
-        return [*calls, self.queue.written.remote(batch, folder)]
+    def queue_written(self, batch: int, folder: str) -> Any:
+        """The call that comes back once the queue's part of a checkpoint is written."""
+        return self.queue.written.remote(batch, folder)
+
+    def ranks_written(self) -> list[Any]:
+        """Calls that say whether each rank's part is."""
+        return [worker.call.remote("written") for worker in self.learners]
 
     def covered(self, batch: int) -> None:
         """Nothing will be undone past this batch."""
@@ -147,7 +150,7 @@ class Parts:
 
     def status(self) -> dict[str, Any]:
         """The queue's `status`. A queue that does not answer is ended, for Ray to restart."""
-        seconds = self.config.limits.wait_seconds
+        seconds = self.config.limits.queue_seconds
         try:
             status: dict[str, Any] = ray.get(self.queue.status.remote(), timeout=seconds)
         except ray.exceptions.GetTimeoutError as error:

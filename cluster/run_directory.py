@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+from cluster.checkpoints import Checkpoints
 from configs.bounds import leaves
 from configs.errors import ConfigError, shown
 from configs.load import load, to_yaml
@@ -97,7 +98,7 @@ def _admit(path: Path, config: Config) -> None:
         problem, fix = f"is a folder that no run made ({path})", "take another, or none"
     elif RunDirectory(path).running():
         problem, fix = f"is still running ({path})", "take another, or none"
-    elif config.resume is Resume.never or not (path / "checkpoints").is_dir():
+    elif config.resume is Resume.never or not Checkpoints(path / "checkpoints", 1).batches():
         shutil.rmtree(path)
         return
     elif config.resume is Resume.auto and (changes := _changes(path / "config.yaml", config)):

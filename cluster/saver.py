@@ -27,7 +27,8 @@ class _Pending:
     step: int
     part: Path
     driver: dict[str, Any]
-    calls: list[Any]
+    queue: Any  # the call that comes back when its part is written
+    ranks: list[Any]  # calls that say whether theirs are
     since: float = field(default_factory=time.monotonic)
     finishing: Future[Path] | None = None
 
@@ -88,8 +89,8 @@ class Saver:
         if not folder:
             return
         self._promised = ""
-        calls = self.parts.written(batch, folder)
-        self._pending = _Pending(batch, step, Path(folder), driver, calls)
+        queue, ranks = self.parts.queue_written(batch, folder), self.parts.ranks_written()
+        self._pending = _Pending(batch, step, Path(folder), driver, queue, ranks)
         self._forced = False
         self._last, self._last_batch = time.monotonic(), batch
 
@@ -113,17 +114,21 @@ class Saver:
                 self._pending = None
                 self.written += 1
                 self.parts.covered(self.checkpoints.prune())
-            if time.monotonic() - pending.since > self.config.limits.stall_seconds:
-                raise TimeoutError(f"not written in {self.config.limits.stall_seconds:g} s")
+            if time.monotonic() - pending.since > self.config.limits.step_seconds:
+                raise TimeoutError(f"not written in {self.config.limits.step_seconds:g} s")
         except Exception as error:
             self._pending = None
             shutil.rmtree(pending.part, ignore_errors=True)
             self._failed(pending.batch, reason(error))
 
     def _finish_when_written(self, pending: _Pending) -> None:
-        done, late = ray.wait(pending.calls, num_returns=len(pending.calls), timeout=0.0)
-        ray.get(done)
+        calls = [pending.queue, *pending.ranks]
+        done, late = ray.wait(calls, num_returns=len(calls), timeout=0.0)
+        answers = ray.get(done)  # raises what kept a part from being written
         if late:
+            return
+        if False in answers:
+            pending.ranks = self.parts.ranks_written()
             return
         driver = self.complete_driver(pending.step, pending.driver)
         if driver is not None:

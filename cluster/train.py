@@ -25,7 +25,7 @@ from cluster.progress import Progress
 from cluster.restarts import Restarts, reason
 from cluster.run_directory import RunDirectory
 from cluster.saver import Saver
-from cluster.watchdog import Unrecoverable, Watchdog, is_fatal
+from cluster.watchdog import LearnerLost, Watchdog, is_fatal
 from configs.schema import Config
 from learner.cells import StepRecord
 
@@ -135,11 +135,16 @@ class Run:
             self.say(f"resumed from {begin.name}")
             self._take_state(begin)
         else:
-            self.books.begin()
-            self.parts.evaluations.ask(Version(0, 0), self.parts.current)
+            self._begin(Version(0, 0), self.parts.current)
         self.parts.serve()
         self.say(f"ready after {time.monotonic() - self.started:.1f} s")
-        self._checkpoint_now()
+
+    def _begin(self, version: Version, weights: Any) -> None:
+        """Nothing is done yet."""
+        self.books.begin()
+        self.saver.start_over(0)
+        self.parts.evaluations.asked = 0
+        self.parts.evaluations.ask(version, weights)
 
     def _checkpoint_now(self) -> None:
         state = self.books.state(self.parts.evaluations)
@@ -156,7 +161,7 @@ class Run:
                     self._go_back(lost)
                 lost = ""
                 self._train_lineage()
-            except Exception as error:
+            except (ray.exceptions.RayError, LearnerLost) as error:
                 if self.signal or not self.config.checkpoints or is_fatal(error):
                     raise
                 lost = reason(error)
@@ -213,13 +218,15 @@ class Run:
         self.saver.start_over(self.books.batch)
         time.sleep(pause)
         checkpoint = self.checkpoints.newest(self.say)
-        if checkpoint is None:
-            raise Unrecoverable(f"{why}; there is no checkpoint to go back to")
         restored = self.parts.roll_back(checkpoint, actors_died=False)
-        reference, _ = self.parts.begun(self.parts.start_learners(restored))
-        self._take_state(checkpoint)
-        self.parts.evaluations.go_back(self.books.step, reference)
-        self.say(f"gone back to {checkpoint.name}, lineage {restored[1]}")
+        reference, current = self.parts.begun(self.parts.start_learners(restored))
+        if checkpoint is None:
+            self.parts.evaluations.go_back(-1, reference)
+            self._begin(Version(restored[1], 0), current)
+        else:
+            self._take_state(checkpoint)
+            self.parts.evaluations.go_back(self.books.step, reference)
+        self.say(f"gone back to batch {self.books.batch}, lineage {restored[1]}")
 
     def _take_state(self, checkpoint: Path) -> None:
         """The driver's part of a checkpoint."""

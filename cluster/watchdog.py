@@ -7,7 +7,6 @@ from typing import Any
 import ray
 
 from cluster.parts import Parts, QueueSilent
-from cluster.restarts import RestartsUsedUp
 from cluster.run_directory import RunDirectory
 from cluster.saver import Saver
 from configs.schema import Config
@@ -24,16 +23,11 @@ class Stalled(RuntimeError):
     """Nothing went forward for `limits.stall_seconds`."""
 
 
-class Unrecoverable(RuntimeError):
-    """The learner is gone, and there is nothing to go back to."""
-
-
-FATAL = (TooManyFailures, Stalled, RestartsUsedUp, Unrecoverable)
-
-
 def is_fatal(error: BaseException) -> bool:
     """Whether to go back to a checkpoint would not help."""
-    return any(isinstance(e, FATAL) or "limits.failure_rate" in str(e) for e in _chain(error))
+    return any(
+        isinstance(e, TooManyFailures) or "limits.failure_rate" in str(e) for e in _chain(error)
+    )
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

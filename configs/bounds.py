@@ -68,6 +68,7 @@ _GROUPS: dict[Bound, str] = {
     _over_zero(0.1): "objective.beta",
     _over_zero(1e-3): "learner.lr",
     _over_zero(120.0): "limits.wait_seconds",
+    _over_zero(60.0): "limits.queue_seconds",
     _over_zero(1e-5): "limits.engine_mismatch_kl",
     _over_zero(300.0): "limits.startup_seconds",
     _over_zero(512.0): "checkpoint.journal_mib",

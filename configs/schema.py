@@ -252,6 +252,7 @@ class LimitsConfig:
 
     wait_seconds: float = 120.0  # for an answer
     startup_seconds: float = 300.0
+    queue_seconds: float = 60.0  # for the queue to say how it is, before it is taken to hang
     lease_seconds: float = 600.0  # for a lease, before its actor is taken to hang
     step_seconds: float = 600.0  # for one batch, before the learner is taken to hang
     stall_seconds: float = 900.0  # without any progress, before the run stops and says so

@@ -5,7 +5,9 @@ which is all that training waits for, and writes it in a thread.
 """
 
 import concurrent.futures
+import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,8 @@ class BackgroundWriter(CheckpointEngine):
     def __init__(self) -> None:
         super().__init__()
         self.name = "BackgroundWriter"
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._writes: list[concurrent.futures.Future[None]] = []
+        self._waiting: list[Callable[[], object]] = []
+        self._result: concurrent.futures.Future[None] | None = None
 
     def create(self, info: Any) -> None:
         """Nothing: the folder is there."""
@@ -45,9 +47,25 @@ class BackgroundWriter(CheckpointEngine):
         copy = _copied(state_dict)
         self.later(lambda: torch.save(copy, path))
 
-    def later(self, write: Any) -> None:
-        """Have something else written after what is under way."""
-        self._writes.append(self._thread.submit(write))
+    def later(self, write: Callable[[], object]) -> None:
+        """Have something written by the next `flush`."""
+        self._waiting.append(write)
+
+    def flush(self) -> None:
+        """Write what waits, in a thread of its own: one that hangs does not hold up the next."""
+        writes, self._waiting = self._waiting, []
+        result: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                for write in writes:
+                    write()
+                result.set_result(None)
+            except BaseException as error:
+                result.set_exception(error)
+
+        self._result = result
+        threading.Thread(target=run, name="checkpoint", daemon=True).start()
 
     def load(self, path: str, map_location: Any = None) -> Any:
         return torch.load(path, map_location=map_location, weights_only=True)
@@ -55,11 +73,12 @@ class BackgroundWriter(CheckpointEngine):
     def commit(self, info: Any) -> bool:
         return True
 
-    def wait(self, seconds: float) -> None:
-        """Until all is written; OSError where the disk refused it, TimeoutError after `seconds`."""
-        writes, self._writes = self._writes, []
-        for write in writes:
-            write.result(seconds)
+    def done(self) -> bool:
+        """Whether the last flush is written; OSError where the disk refused it."""
+        if self._result is None or not self._result.done():
+            return False
+        self._result.result()
+        return True
 
 
 def _copied(node: Any) -> Any:
@@ -85,8 +104,13 @@ def save(learner: Any, writer: BackgroundWriter, folder: str, published: Any) ->
         "rng": torch.get_rng_state(),
     }
     learner.engine.engine.save_checkpoint(folder, tag=TAG, client_state=state, save_latest=False)
-    if learner.rank:
-        return
+    if learner.rank == 0:
+        writer.later(_ring_writer(learner, folder, published))
+    writer.flush()
+
+
+def _ring_writer(learner: Any, folder: str, published: Any) -> Callable[[], None]:
+    """Writes the weights that measures and lagging actors need."""
     ring = learner.conditionals.weights if learner.conditionals is not None else {}
     tree = {
         "published": [[*version, flat] for version, flat in published],
@@ -98,7 +122,7 @@ def save(learner: Any, writer: BackgroundWriter, folder: str, published: Any) ->
         (Path(folder) / RING).write_bytes(encode(tree))
         faults.hit("learner.write.after")
 
-    writer.later(write)
+    return write
 
 
 def load(learner: Any, folder: str, lineage: int) -> list[tuple[Version, np.ndarray]]:

@@ -41,7 +41,8 @@ class LearnerWorker:
         """Join the ranks, load the networks, publish; rank 0 returns a reference to π_ref's weights
         and one to those it begins with.
 
-        restored: a checkpoint's folder, the lineage that goes on from it, and its batch.
+        restored: a checkpoint's folder, the lineage that goes on from it, and its batch; without a
+        folder, a lineage that begins anew.
         """
         join(self.rank, self.config.learner.ranks, master, self.config.cluster.threads)
         self.learner = Learner(self.config, self.rank)
@@ -51,7 +52,9 @@ class LearnerWorker:
         before: list[tuple[Version, Any]] = []
         if restored:
             folder, lineage, self.number = restored
-            before = checkpoint.load(self.learner, folder, lineage)
+            self.learner.version = Version(lineage, 0)
+            if folder:
+                before = checkpoint.load(self.learner, folder, lineage)
         for version, flat in before:
             self.learner.remember(version, flat)
             self._publish(version, [self._put(flat), None])
@@ -116,10 +119,9 @@ class LearnerWorker:
         checkpoint.save(self.learner, self.learner.engine.writer, folder, lagged)
         return time.perf_counter() - started
 
-    def written(self, seconds: float) -> int:
-        """Wait until this rank's part is written; returns the batches that it has consumed."""
-        self.learner.engine.writer.wait(seconds)
-        return self.number
+    def written(self) -> bool:
+        """Whether this rank's part is written; OSError where the disk refused it."""
+        return self.learner.engine.writer.done()
 
     def _put_weights(self) -> Any:
         """The current weights in the object store, from rank 0; None from others."""

@@ -6,7 +6,9 @@ write cut short, or a flipped bit, ends the reading there. Written without fsync
 process of ours, not the machine.
 """
 
+import contextlib
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from typing import Any, BinaryIO
 
 from actors.codec import DamagedError, decode, encode
 
+_NUMBER = re.compile(r"[0-9]{6,}")
 _HEAD = struct.Struct("<QI")  # bytes of the payload, their CRC-32
 
 
@@ -85,8 +88,7 @@ class Journal:
 
     def numbers(self) -> list[int]:
         """Segments there are, in order; a number may lack its base or its log."""
-        found = {int(p.stem) for p in self.folder.iterdir() if p.stem.isdigit()}
-        return sorted(found)
+        return sorted({int(p.stem) for p in self.folder.iterdir() if _NUMBER.fullmatch(p.stem)})
 
     def base(self, number: int) -> Path:
         return self.folder / f"{number:06d}.base"
@@ -137,5 +139,6 @@ class Journal:
 
     def close(self) -> None:
         if self._log is not None:
-            self._log.close()
+            with contextlib.suppress(OSError):  # a full disk, which was said before
+                self._log.close()
             self._log = None

@@ -10,6 +10,7 @@ from typing import Any
 from actors.actor import Lease
 from actors.codec import DamagedError, block_from, block_tree
 from actors.rollout import GroupId, Rollouts, Version
+from configs.errors import one_line
 from learner.replay import snapshot
 from learner.replay.journal import Journal, read_base, read_head
 from learner.replay.queue import ReplayQueue
@@ -18,12 +19,32 @@ from learner.replay.snapshot import AWAITED, lease_from, lease_tree
 NewQueue = Callable[[], ReplayQueue]
 
 
+class _Senseless(Exception):
+    """An operation that cannot follow those before it, and may be half done: segment and place."""
+
+    def __init__(self, number: int, place: int) -> None:
+        super().__init__(number, place)
+        self.number, self.place = number, place
+
+
 def recover(new: NewQueue, journal: Journal, batch: int | None = None) -> ReplayQueue | None:
     """The queue as the journal has it last; None where the journal has no base.
 
     batch: start from the cut at this batch, so that `lineages.kept` has what retired since; else
-    from the newest base.
+    from the newest base. An operation that makes no sense ends the reading, as damage does: then
+    all is done once more, without it.
     """
+    ends: dict[int, int] = {}  # by segment: operations of it that make sense
+    while True:
+        try:
+            return _recovered(new, journal, batch, ends)
+        except _Senseless as found:
+            ends[found.number] = found.place
+
+
+def _recovered(
+    new: NewQueue, journal: Journal, batch: int | None, ends: dict[int, int]
+) -> ReplayQueue | None:
     numbers = journal.numbers()
     for start in reversed(numbers):
         if (queue := _from_base(new, journal, start, batch)) is not None:
@@ -35,7 +56,7 @@ def recover(new: NewQueue, journal: Journal, batch: int | None = None) -> Replay
             if (back := _from_base(new, journal, number, None)) is None:
                 break
             queue = back
-        if not _replay(queue, journal, number):
+        if not _replay(queue, journal, number, ends.get(number)):
             break
     return queue
 
@@ -67,19 +88,38 @@ def restored(new: NewQueue, state: dict[str, Any]) -> ReplayQueue:
     queue = new()
     try:
         snapshot.restore(queue, state)
-    except (LookupError, ValueError, TypeError, AttributeError) as error:
-        raise DamagedError(f"not a state of the queue: {error!r}") from error
+        problem = "" if _agrees(queue) else "its books do not agree with what it holds"
+    except Exception as error:  # a state is data: whatever it does not fit
+        problem = one_line(repr(error))
+    if problem:
+        raise DamagedError(f"not a state of the queue: {problem}")
     queue.lineages.kept = {}
     return queue
 
 
-def _replay(queue: ReplayQueue, journal: Journal, number: int) -> bool:
-    """Do a segment's operations; False where one of them makes no sense after those before it."""
-    for operation in journal.operations(number):
+def _agrees(queue: ReplayQueue) -> bool:
+    """Whether the ledger counts what the queue holds, in groups of this configuration's size."""
+    members, waiting = queue.plan.members, queue.line.groups.values()
+    held = [h for h in [*waiting, *queue.held.values()] if h is not None]
+    return (
+        queue.ledger.balanced
+        and queue.ledger.in_flight == members * sum(h is None for h in waiting)
+        and queue.ledger.queued == sum(h.valid for h in held)
+        and all(h.block.members == members for h in held)
+    )
+
+
+def _replay(queue: ReplayQueue, journal: Journal, number: int, end: int | None) -> bool:
+    """Do a segment's operations, at most up to `end`; False where it ends before the log does."""
+    for place, operation in enumerate(journal.operations(number)):
+        if place == end:
+            return False
         try:
             _apply(queue, operation)
-        except (RuntimeError, LookupError, ValueError, TypeError):
-            return False
+        except Exception as error:  # an operation is data: whatever it does not fit
+            raise _Senseless(number, place) from error
+        if not queue.ledger.balanced:
+            raise _Senseless(number, place)
     return True
 
 
@@ -136,7 +176,10 @@ def _apply(queue: ReplayQueue, op: dict[str, Any]) -> None:
         case "lease":
             queue.lease(op["actor"], op["slot"], op["done"])
         case "put":
-            queue.put(lease_from(op["lease"]), block_from(op["block"]))
+            block = block_from(op["block"])
+            if block.members != queue.plan.members:
+                raise ValueError(f"groups of {block.members}, and not of {queue.plan.members}")
+            queue.put(lease_from(op["lease"]), block)
         case "release":
             queue.release(op["actor"], op["blame"])
         case "publish":

@@ -231,10 +231,12 @@ class QueueService:
             self._note(operation)
 
         def write() -> None:
+            if target is None:
+                write_base(path, batch, kind, state)
+                return
             faults.hit("queue.write.before")
             write_base(path, batch, kind, state)
-            if target is not None:
-                _same_file(path, target)
+            _same_file(path, target)
             faults.hit("queue.write.after")
 
         return write
@@ -262,10 +264,13 @@ class QueueService:
     async def roll_back(self, folder: str, actors_died: bool) -> tuple[int, int]:
         """Back to a checkpoint, under a new lineage; returns that, and the batch to go on with.
 
+        folder: the checkpoint's; empty: back to the very beginning.
         actors_died: no actor of before lives, so that all leases are to be issued again.
         """
         assert self.journal is not None
-        batch, _, state = read_base(Path(folder) / STATE)
+        batch, state = 0, snapshot.take(self._new())
+        if folder:
+            batch, _, state = read_base(Path(folder) / STATE)
         live = self.queue
         queue = recovery.recover(self._new, self.journal, batch)
         if queue is None:
