@@ -5,6 +5,7 @@ learner with its version. So π_ref and a value head never leave the learner.
 """
 
 import copy
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -113,9 +114,17 @@ def parameters(model: nn.Module) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def flatten(model: nn.Module) -> np.ndarray:
-    """All weights as one float32 array, a fresh copy, [number of parameters]."""
-    return torch.cat([p.detach().reshape(-1).float() for p in parameters(model)]).cpu().numpy()
+def flatten(model: nn.Module, into: np.ndarray | None = None) -> np.ndarray:
+    """All weights as one float32 array, [number of parameters], a fresh one where none is given.
+
+    into: to be filled; a copy into memory that was used before is several times faster.
+    """
+    sources = [parameter.detach() for parameter in parameters(model)]
+    sizes = [source.numel() for source in sources]
+    flat = torch.empty(sum(sizes)) if into is None else torch.from_numpy(into)
+    pieces = [piece.view(s.shape) for piece, s in zip(flat.split(sizes), sources)]
+    torch._foreach_copy_(pieces, sources)
+    return flat.numpy()
 
 
 @torch.no_grad()
@@ -125,7 +134,7 @@ def unflatten(model: nn.Module, flat: np.ndarray) -> None:
     expected = sum(p.numel() for p in targets)
     if flat.size != expected:
         raise ValueError(f"weights have {flat.size} numbers, this architecture {expected}")
-    pieces = torch.from_numpy(
-        np.require(flat, requirements="W") if flat.flags.writeable else flat.copy()
-    ).split([p.numel() for p in targets])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of arrays that cannot be written to
+        pieces = torch.from_numpy(flat).split([p.numel() for p in targets])
     torch._foreach_copy_(targets, [piece.view(p.shape) for piece, p in zip(pieces, targets)])

@@ -1,6 +1,7 @@
 """The fleet of rollout actors: started, watched, restarted; what they were leased goes back."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -9,6 +10,8 @@ from actors.actor import RewardClient
 from cluster.remote import spawn
 from cluster.restarts import Restarts, reason
 from configs.schema import Config
+
+SILENCE = 10.0  # seconds between lines while actors start
 
 
 class FleetError(RuntimeError):
@@ -36,18 +39,27 @@ class Fleet:
             self.fault_folder, num_cpus=resources.actor_cpus, num_gpus=resources.actor_gpus,
         )  # fmt: skip
 
-    def wait_ready(self) -> None:
-        """Until every actor has built its engine; what keeps one from it is raised.
+    def wait_ready(self, say: Callable[[str], None]) -> None:
+        """Until every actor has built its engine; what keeps one from it is raised at once.
 
-        FleetError names the actors that are not there after `limits.startup_seconds`.
+        say: takes a line about each, and one now and then while it starts. FleetError names the
+        actors that are not there after `limits.startup_seconds`.
         """
+        started, seconds = time.monotonic(), self.config.limits.startup_seconds
         calls = {worker.call.remote("ready"): index for index, worker in self.workers.items()}
-        seconds = self.config.limits.startup_seconds
-        done, late = ray.wait(list(calls), num_returns=len(calls), timeout=seconds)
-        ray.get(done)
+        late = list(calls)
+        while late and (spent := time.monotonic() - started) < seconds:
+            done, late = ray.wait(late, num_returns=1, timeout=min(SILENCE, seconds - spent))
+            ray.get(done)
+            spent = time.monotonic() - started
+            waiting = ", ".join(str(calls[call]) for call in late)
+            if spent > SILENCE:
+                for call in done:
+                    say(f"rollout actor {calls[call]} is ready after {spent:.0f} s more")
+                if late and not done:
+                    say(f"rollout actors still starting after {spent:.0f} s more: {waiting}")
         if late:
-            missing = ", ".join(str(calls[call]) for call in late)
-            raise FleetError(f"rollout actors not ready after {seconds:.0f} s: {missing}")
+            raise FleetError(f"rollout actors not ready after {seconds:.0f} s: {waiting}")
 
     def serve(self, queue: Any, rewards: RewardClient) -> None:
         """Set all actors to work."""

@@ -71,7 +71,7 @@ class Parts:
             self.evaluations.sample_dataset(reference, offline_path)
         if config.rollout.engine is EngineKind.vllm and not offline:
             self.say("waiting for vLLM, which takes about 30 s to start")
-        self.fleet.wait_ready()
+        self.fleet.wait_ready(self.say)
         return restored[2] if restored else 0
 
     def roll_back(self, checkpoint: Path | None, actors_died: bool) -> Restored:

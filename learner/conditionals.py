@@ -43,7 +43,7 @@ class Conditionals:
 
     def remember(self, version: Version, weights: np.ndarray) -> None:
         """Keep a published version for as long as a rollout within the budget may carry it."""
-        self.weights[version] = weights
+        self.weights[version] = weights.copy()
         for old in [v for v in self.weights if v.step < version.step - self.max_age]:
             if any(
                 v.step > old.step and v.step <= version.step - self.max_age for v in self.weights

@@ -19,7 +19,7 @@ from configs.schema import Config
 from learner.engine import join
 from learner.learner import Learner, StepRecord
 from learner.replay.queue import ReplayQueue
-from learner.replay.service import rules
+from learner.replay.settings import rules
 from learner.replay.staleness import plan
 from reward_server.rewards import load, score_safely
 

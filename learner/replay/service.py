@@ -10,7 +10,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +19,20 @@ import ray
 from actors.actor import Lease
 from actors.rollout import Rollouts, Version
 from configs import faults
-from configs.objectives import TABLE
 from configs.schema import Config
 from learner.replay import recovery, snapshot
 from learner.replay.clients import WEIGHTS
 from learner.replay.journal import Journal, read_base, write_base
 from learner.replay.ledger import describe_histogram
-from learner.replay.line import Rules
 from learner.replay.queue import ReplayQueue
 from learner.replay.records import Batch
 from learner.replay.rollback import roll_back
-from learner.replay.staleness import Plan, plan
+from learner.replay.settings import Settings, of
 from learner.replay.stalls import Stalls
 
 POLL_SECONDS = 5.0  # an actor's call for a lease comes back empty-handed after this long
 GRACE_SECONDS = 30.0  # for whoever watches the run to stop it first
 STATE = "queue.base"  # the queue's part of a checkpoint
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the service needs of a configuration. journal: its folder; None: keeps none."""
-
-    plan: Plan
-    ranks: int
-    rules: Rules
-    stall_seconds: float
-    journal: str | None
-    faults: tuple[str, str] = ("", "")
-
-
-def rules(config: Config) -> Rules:
-    """What a configuration says about failures."""
-    limits = config.limits
-    return Rules(
-        TABLE[config.objective.name].min_valid, limits.failure_rate, limits.failure_window,
-        limits.prompt_attempts,
-    )  # fmt: skip
 
 
 def start(config: Config, journal: Path | None, fault_folder: Path) -> Any:
@@ -65,11 +41,7 @@ def start(config: Config, journal: Path | None, fault_folder: Path) -> Any:
     options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000}
     if journal is not None:
         options |= {"max_restarts": config.limits.queue_restarts, "max_task_retries": -1}
-    settings = Settings(
-        plan(config), config.learner.ranks, rules(config), config.limits.stall_seconds,
-        None if journal is None else str(journal.resolve()),
-        (config.cluster.faults, str(fault_folder.resolve())),
-    )  # fmt: skip
+    settings = of(config, journal, fault_folder)
     return ray.remote(QueueService).options(**options).remote(settings)
 
 

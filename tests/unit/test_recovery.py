@@ -14,7 +14,8 @@ from learner.replay import snapshot
 from learner.replay.journal import Journal, read_base
 from learner.replay.line import Rules
 from learner.replay.queue import ReplayQueue
-from learner.replay.service import STATE, QueueService, Settings
+from learner.replay.service import STATE, QueueService
+from learner.replay.settings import Settings
 from tests.unit.test_queue import answer, small
 
 ACTORS = 3
