@@ -108,9 +108,14 @@ def write_architecture(shape: PretrainedConfig, directory: str) -> None:
     named.save_pretrained(directory)
 
 
+def named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters in their fixed order, tied ones once: the layout of the flat array."""
+    return model.named_parameters()
+
+
 def parameters(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters in their fixed order, tied ones once: the layout of the flat array."""
-    return (parameter for _, parameter in model.named_parameters())
+    """The parameters of `named`."""
+    return (parameter for _, parameter in named(model))
 
 
 @torch.no_grad()

@@ -19,9 +19,8 @@ from actors.packing import does_not_fit, fail_group, pack
 from actors.randomness import request_seed
 from actors.rollout import GENERATION_FAILED, Rollouts, Version
 from actors.vllm_process import DIED, EngineDied, VllmProcess
+from actors.vllm_push import NO_VERSION, Pushes, label
 from configs.schema import Config
-
-NO_VERSION = Version(-1, -1)
 
 
 class VllmEngine:
@@ -41,7 +40,14 @@ class VllmEngine:
         self.process = VllmProcess(config, shape)
         self._numbers = itertools.count()
         self._running = 0  # requests that vLLM has, counted on its loop
-        self._updating = asyncio.Lock()
+        self.updating = asyncio.Lock()
+        self.halted = self.asleep = False
+        self._pushes = Pushes(self, config.limits.transfer_seconds)
+
+    @property
+    def llm(self) -> Any:
+        """vLLM's AsyncLLM, to be used on the process's loop."""
+        return self.process.llm
 
     @property
     def longest_prompt(self) -> int:
@@ -62,19 +68,47 @@ class VllmEngine:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         llm = self.process.llm
-        async with self._updating:
+        async with self.updating:
             await asyncio.to_thread(np.copyto, self.process.buffer.array, weights)
-            busy = self._running > 0
+            busy = self._running > 0 or self.halted
             if busy:
                 await llm.pause_generation(mode="keep", clear_cache=True)
             else:
                 await llm.reset_prefix_cache()
             await llm.start_weight_update()
             await llm.update_weights(WeightTransferUpdateRequest(update_info={}))
-            await llm.finish_weight_update(_label(version))
-            self.version = version
+            await llm.finish_weight_update(label(version))
+            self.version, self.halted = version, False
             if busy:
                 await llm.resume_generation()
+
+    def push(self, step: str, payload: dict[str, Any]) -> None:
+        """One step of a push from the learner's GPU, see `actors.vllm_push`; from any thread."""
+        self.process.call(
+            self._pushes.step(step, payload), self.config.limits.wait_seconds,
+            lambda: f"vLLM is at {step} of weights that the learner pushes",
+        )  # fmt: skip
+
+    def sleep(self) -> None:
+        """Give the GPU's memory to the learner; the weights are kept in main memory."""
+        self.process.call(
+            self._sleep(), self.config.limits.wait_seconds, lambda: "vLLM is going to sleep"
+        )
+
+    def wake(self) -> None:
+        """Take the memory back, as far as it is not there."""
+        self.process.call(self._wake(), self.config.limits.wait_seconds, lambda: "vLLM is waking")
+
+    async def _sleep(self) -> None:
+        async with self.updating:
+            await self.llm.sleep(level=1)
+            self.asleep = True
+
+    async def _wake(self) -> None:
+        async with self.updating:
+            if self.asleep:
+                await self.llm.wake_up()
+                self.asleep = False
 
     def generate(self, requests: Sequence[Request], stream: str) -> Rollouts:
         answers = self.process.call(
@@ -127,7 +161,7 @@ class VllmEngine:
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        async with self._updating:
+        async with self.updating:
             self._running += 1
         try:
             last, prompt = None, tokens_input(np.asarray(ids).tolist())
@@ -186,10 +220,6 @@ class VllmEngine:
 
     def close(self) -> None:
         self.process.close()
-
-
-def _label(version: Version) -> str:
-    return f"{version.lineage}.{version.step}"
 
 
 def _versions(output: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from actors.shared_memory import WeightBuffer
 from configs.errors import one_line
 from configs.schema import Config
 
-BACKEND = "onpolicy_shared_memory"  # as in actors.vllm_transfer, which only vLLM may import
+WORKER_EXTENSION = "actors.vllm_transfer.WorkerExtension"  # registers the transfer backends
 EXIT_SECONDS = 6.0  # vLLM takes 4.4 s to unload; killed, it would leave 0.1 MB in /dev/shm
 PREFILL_TOKENS = 8192  # of prompts, at most, in one engine step on CPU
 POLL_SECONDS = 1.0
@@ -158,15 +158,6 @@ def engine_arguments(config: Config, shape: PretrainedConfig, directory: str) ->
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     settings, longest = config.rollout.vllm, policy.context(config, shape)
-    more = keep_errors(directory)
-    if not config.cluster.actor_gpus:
-        # A prompt in chunks ends vLLM 0.32.0 on CPU when its request has a seed: it rewinds the
-        # random generator, "CPU Generator does not use offset" (gpu_model_runner.py).
-        more |= {
-            "block_size": BLOCK_SIZE,
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(PREFILL_TOKENS, longest),
-        }
     return AsyncEngineArgs(
         model=directory,
         load_format="dummy",
@@ -181,11 +172,35 @@ def engine_arguments(config: Config, shape: PretrainedConfig, directory: str) ->
         enforce_eager=not settings.compile,
         logprobs_mode="processed_logprobs",
         max_logprobs=1,
-        worker_extension_cls="actors.vllm_transfer.WorkerExtension",
-        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        worker_extension_cls=WORKER_EXTENSION,
+        weight_transfer_config=WeightTransferConfig(
+            backend=f"onpolicy_{config.rollout.transfer.name}"
+        ),
         disable_log_stats=True,
-        **more,
+        **keep_errors(directory),
+        **_device_arguments(config, longest),
     )
+
+
+def _device_arguments(config: Config, longest: int) -> dict[str, Any]:
+    """What differs between a CPU and GPUs. longest: prompt and response together, in tokens."""
+    if config.cluster.actor_gpus:
+        settings = config.rollout.vllm
+        return {
+            "tensor_parallel_size": settings.tensor_parallel,
+            # One process a GPU below the engine's, as on a CPU; "ray" would want GPUs of its own.
+            "distributed_executor_backend": "mp",
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "enable_chunked_prefill": True,
+            "enable_sleep_mode": config.cluster.colocated,
+        }
+    # A prompt in chunks ends vLLM 0.32.0 on CPU when its request has a seed: it rewinds the random
+    # generator, "CPU Generator does not use offset" (gpu_model_runner.py).
+    return {
+        "block_size": BLOCK_SIZE,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(PREFILL_TOKENS, longest),
+    }
 
 
 def keep_errors(directory: str) -> dict[str, Any]:

@@ -1,15 +1,17 @@
-"""vLLM's weight transfer over shared memory: the side that runs in vLLM's worker process.
+"""vLLM's weight transfer: the side that runs in vLLM's worker process.
 
-vLLM's own backends need GPUs. This one follows their protocol (start, update, finish; a version at
-finish) with the weights in a buffer that the sender fills, see `actors.shared_memory`. vLLM imports
-this module in its worker because `worker_extension_cls` names `WorkerExtension`; the import
-registers the backend. Nothing else may import it: it needs vLLM.
+vLLM's own backends need GPUs. `SharedMemoryTransfer` follows their protocol (start, update, finish;
+a version at finish) with the weights in a buffer that the sender fills, see `actors.shared_memory`.
+`PushedTransfer` has that way and one of vLLM's own beside it, through which the learner pushes
+(`learner.vllm_push`). vLLM imports this module in its worker because `worker_extension_cls` names
+`WorkerExtension`; the import registers the backends. Nothing else may import it: it needs vLLM.
 
-Source: vllm 0.32.0, distributed/weight_transfer/{base,ipc_engine}.py.
+Source: vllm 0.32.0, distributed/weight_transfer/{base,nccl_engine,ipc_engine}.py.
 """
 
 import logging
 import os
+import pickle
 import select
 import signal
 import threading
@@ -30,8 +32,6 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from actors.shared_memory import attach
-
-BACKEND = "onpolicy_shared_memory"
 
 # It warns of a tied output layer at every update; `receive_weights` checks that nothing is missing.
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
@@ -84,15 +84,114 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
             raise RuntimeError(f"no weights came for {min(missing)}, of {len(missing)} in all")
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
+        self._finalize()
         for module in self.model.modules():
             if isinstance(module, ParallelLMHead):
                 # Tied to the embedding it got no weights of its own, so the reload left its
                 # prepacked copy (CPU) as it was.
                 module.quant_method.process_weights_after_loading(module)
 
+    def _finalize(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
     def shutdown(self) -> None:
         self.weights = []
+
+
+@dataclass
+class PushInfo(WeightTransferInitInfo):
+    """A new epoch of pushes: vLLM's own init info, and how long an update may take."""
+
+    push: dict[str, Any]
+    seconds: float
+
+
+class PushedTransfer(SharedMemoryTransfer):
+    """Shared memory, and pushes from the learner's GPU through vLLM's backend `pushed_by`.
+
+    A push that has not arrived in time is abandoned from this side too: its communicator is ended,
+    the half-loaded model put in order, and the update fails. The engine then takes the weights
+    through shared memory.
+    """
+
+    pushed_by: str
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        pushed = WeightTransferEngineFactory._registry[self.pushed_by]()
+        self.pushed: WeightTransferEngine[Any, Any] = pushed(*arguments, **named)
+        self.seconds = 0.0
+        self.by_push = False
+
+    def parse_init_info(self, init_dict: dict[str, Any]) -> Any:
+        return super().parse_init_info(init_dict) if "path" in init_dict else PushInfo(**init_dict)
+
+    def init_transfer_engine(self, init_info: InitInfo | PushInfo) -> None:
+        if isinstance(init_info, InitInfo):
+            super().init_transfer_engine(init_info)
+            return
+        self.seconds = init_info.seconds
+        self.pushed.shutdown()  # the epoch before
+        self.pushed.init_transfer_engine(self.pushed.parse_init_info(init_info.push))
+
+    def start_weight_update(self) -> None:
+        self.by_push = False
+        super().start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """With `push`, vLLM's own update info, one chunk of a push; else the buffer's weights.
+
+        handles: of ipc, pickled by the learner's process, since vLLM's messages carry no types.
+        """
+        if not update_info:
+            super().update_weights(update_info)
+            return
+        info, self.by_push = dict(update_info["push"]), True
+        if "handles" in update_info:
+            info["ipc_handles"] = pickle.loads(update_info["handles"])
+        late = threading.Event()
+        timer = threading.Timer(self.seconds, self._abandon, [late])
+        timer.daemon = True
+        timer.start()
+        try:
+            self.pushed.update_weights(info)
+            if late.is_set():
+                raise RuntimeError("what came after its communicator was ended")
+        except BaseException as error:
+            # Layers that have a part of their weights would count it with the next update's.
+            finalize_layerwise_reload(self.model, self.model_config)
+            if late.is_set():
+                why = f"weights pushed by {self.pushed_by} took over {self.seconds} s"
+                raise TimeoutError(why) from error
+            raise
+        finally:
+            timer.cancel()
+
+    def _abandon(self, late: threading.Event) -> None:
+        late.set()
+        self.pushed.shutdown()  # NCCL: abort, which ends the broadcast that waits
+
+    def _finalize(self) -> None:
+        if self.by_push:
+            self.pushed.finish_weight_update()
+        else:
+            super()._finalize()
+
+    def shutdown(self) -> None:
+        self.pushed.shutdown()
+        super().shutdown()
+
+
+class NcclTransfer(PushedTransfer):
+    """Broadcasts from the learner's GPU."""
+
+    pushed_by = "nccl"
+
+
+class IpcTransfer(PushedTransfer):
+    """The learner's memory on the same GPU."""
+
+    pushed_by = "ipc"
 
 
 class WorkerExtension:
@@ -116,5 +215,11 @@ def end_with(owner: int) -> None:
     threading.Thread(target=watch, name="owner-watch", daemon=True).start()
 
 
-if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryTransfer)
+BACKENDS = {  # the names are those of actors.vllm_process
+    "onpolicy_host": SharedMemoryTransfer,
+    "onpolicy_nccl": NcclTransfer,
+    "onpolicy_ipc": IpcTransfer,
+}
+for name, backend in BACKENDS.items():
+    if name not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(name, backend)

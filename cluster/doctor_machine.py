@@ -124,9 +124,10 @@ def running(config: Config) -> Answer:
 
 
 def gpus_wanted(config: Config) -> float:
-    """GPUs of all ranks and actors together."""
+    """GPUs of all ranks and actors and of the evaluator together."""
     shares = config.cluster
-    return shares.learner_gpus * config.learner.ranks + shares.actor_gpus * config.rollout.actors
+    ranks, actors = config.learner.ranks, config.rollout.actors
+    return shares.learner_gpus * ranks + shares.actor_gpus * actors + shares.evaluator_gpus
 
 
 def gpus(config: Config) -> Answer:

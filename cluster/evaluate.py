@@ -37,6 +37,7 @@ class Evaluator:
         shape = policy.architecture(self.config)
         self.reference = policy.build(shape, self.config.learner.precision).eval()
         policy.unflatten(self.reference, initial)
+        torch.nn.Module.to(self.reference, self.engine.device)
 
     def evaluate(self, version: Version, weights: np.ndarray, number: int) -> dict[str, Any]:
         """reward_eval, its standard error, response length and KL to π_ref of fresh rollouts.
@@ -69,7 +70,7 @@ class Evaluator:
     @torch.inference_mode()
     def _kl_to_reference(self, block: Rollouts) -> float:
         """KL(π_θ‖π_ref) on π_θ's own samples, nats per token (k3)."""
-        batch = pad(block)
+        batch = pad(block, self.engine.device)
         reference_NL = token_logps(conditionals(self.reference, batch), batch)
         kl_NL = kl_to_reference(batch.logp_NL, batch.logp_NL, reference_NL, batch.mask_NL)
         return float(kl_NL.sum() / batch.mask_NL.sum())

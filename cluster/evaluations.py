@@ -38,7 +38,8 @@ class Evaluations:
         self.evaluator = self._spawn()
 
     def _spawn(self) -> Any:
-        return spawn("cluster.evaluate:Evaluator", self.config, num_cpus=0)
+        gpus = self.config.cluster.evaluator_gpus
+        return spawn("cluster.evaluate:Evaluator", self.config, num_cpus=0, num_gpus=gpus)
 
     def start(self, rewards: RewardClient, reference: Any) -> None:
         """Give it the reward service and π_ref's weights. Evaluations queue up behind that."""

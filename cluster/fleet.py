@@ -10,6 +10,15 @@ from actors.actor import RewardClient
 from cluster.remote import spawn
 from cluster.restarts import Restarts, reason
 from configs.schema import Config
+from configs.schema_vllm import Transfer
+
+CALLS_AT_ONCE = 4  # of an actor or rank that weights are pushed to or from while it runs
+
+
+def pushes(config: Config) -> bool:
+    """Whether the learner pushes weights to the actors' GPUs."""
+    return config.rollout.transfer is not Transfer.host
+
 
 SILENCE = 10.0  # seconds between lines while actors start
 
@@ -28,6 +37,7 @@ class Fleet:
         self.restarts = Restarts(
             "rollout actors", "limits.actor_restarts", limits.actor_restarts, limits.backoff_seconds
         )
+        self.on_restart: Callable[[dict[int, Any]], None] = lambda workers: None
         self.workers = {index: self._start(index) for index in range(config.rollout.actors)}
         self.running: dict[Any, int] = {}
         self.due: dict[int, float] = {}  # when an actor is to be started again
@@ -37,6 +47,7 @@ class Fleet:
         return spawn(
             "cluster.rollout_worker:RolloutWorker", self.config, index, self.offline_path,
             self.fault_folder, num_cpus=resources.actor_cpus, num_gpus=resources.actor_gpus,
+            max_concurrency=CALLS_AT_ONCE if pushes(self.config) else 1,
         )  # fmt: skip
 
     def wait_ready(self, say: Callable[[str], None]) -> None:
@@ -91,6 +102,7 @@ class Fleet:
         for index in [i for i, when in self.due.items() if when <= time.monotonic()]:
             del self.due[index]
             self.workers[index] = self._start(index)
+            self.on_restart({index: self.workers[index]})
             self._run(index)
         return lines
 

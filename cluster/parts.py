@@ -7,7 +7,7 @@ from typing import Any
 import ray
 
 from cluster.evaluations import Evaluations
-from cluster.fleet import Fleet
+from cluster.fleet import CALLS_AT_ONCE, Fleet, pushes
 from cluster.remote import spawn
 from cluster.run_directory import RunDirectory
 from configs.schema import Config, DataSource, EngineKind
@@ -72,7 +72,14 @@ class Parts:
         if config.rollout.engine is EngineKind.vllm and not offline:
             self.say("waiting for vLLM, which takes about 30 s to start")
         self.fleet.wait_ready(self.say)
+        if pushes(config):
+            self._join(self.fleet.workers)
+            self.fleet.on_restart = self._join
         return restored[2] if restored else 0
+
+    def _join(self, workers: dict[int, Any]) -> None:
+        """Have rank 0 push weights to these actors from the next version on; not waited for."""
+        self.learners[0].call.remote("join", workers)
 
     def roll_back(self, checkpoint: Path | None, actors_died: bool) -> Restored:
         """Take the queue back to a checkpoint; without one, to the beginning."""
@@ -90,6 +97,7 @@ class Parts:
             spawn(
                 "learner.worker:LearnerWorker", config, rank, self.faults,
                 num_cpus=resources.learner_cpus, num_gpus=resources.learner_gpus,
+                max_concurrency=CALLS_AT_ONCE if pushes(config) else 1,
             )
             for rank in range(config.learner.ranks)
         ]  # fmt: skip
@@ -101,6 +109,8 @@ class Parts:
     def begun(self, ranks: list[Any]) -> tuple[Any, Any]:
         """References to π_ref's weights and to those that the learner begins with."""
         answers = ray.get(ranks, timeout=self.config.limits.startup_seconds)
+        if self.fleet is not None and self.fleet.running and pushes(self.config):
+            self._join(self.fleet.workers)  # the ranks are new, the actors are not
         return answers[0][0], answers[0][1]
 
     def serve(self) -> None:

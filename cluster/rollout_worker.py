@@ -1,16 +1,23 @@
 """A rollout actor's process: the engine that is asked for, and whom it serves."""
 
-from typing import Any
+from typing import Any, Protocol, cast
 
-from actors.actor import RewardClient, RolloutActor
+from actors.actor import QueueClient, RewardClient, RolloutActor
 from actors.dataset_engine import DatasetEngine, DatasetPrompts
 from actors.engine import RolloutEngine
 from actors.in_flight import InFlightActor
 from actors.torch_engine import TorchEngine
+from actors.turns import Sleeper, TurnTaking
 from cluster import inputs
 from configs import faults
 from configs.schema import Config, EngineKind, UpdateKind
 from learner.replay.clients import ActorQueue
+
+
+class PushedEngine(Protocol):
+    """An engine that takes weights from the learner's GPU (`actors.vllm_push`)."""
+
+    def push(self, step: str, payload: dict[str, Any]) -> None: ...
 
 
 class RolloutWorker:
@@ -29,6 +36,10 @@ class RolloutWorker:
     def ready(self) -> bool:
         """Answers once the engine is built."""
         return True
+
+    def push(self, step: str, payload: dict[str, Any]) -> None:
+        """One step of weights that the learner pushes; while `run` runs, in another thread."""
+        cast(PushedEngine, self.engine).push(step, payload)
 
     def run(self, queue: Any, rewards: RewardClient) -> dict[str, float]:
         """Serve leases until the run is over; returns the seconds spent on each part."""
@@ -49,7 +60,9 @@ class RolloutWorker:
             slots = range(rollout.concurrent_leases + 1)
             queues = [ActorQueue(queue, wait, slot) for slot in slots]
             return InFlightActor(self.index, engine, self.prompts, queues, rewards, wait)
-        client = ActorQueue(queue, wait)
+        client: QueueClient = ActorQueue(queue, wait)
+        if self.config.cluster.colocated:
+            client = TurnTaking(client, cast(Sleeper, engine))
         return RolloutActor(self.index, engine, self.prompts, client, rewards, wait)
 
 

@@ -51,14 +51,15 @@ _GROUPS: dict[Bound, str] = {
         replay.samples_per_round replay.inner_epochs data.prompts learner.minibatch
         learner.updates learner.ranks rollout.vllm.max_sequences eval.samples
         rollout.concurrent_leases limits.failure_window cluster.threads
-        objective.importance_cap checkpoint.keep limits.prompt_attempts""",
+        objective.importance_cap checkpoint.keep limits.prompt_attempts
+        rollout.vllm.tensor_parallel""",
     _ZERO_UP: """run.samples_per_round policy.bandit.seed prompts.count prompts.max_tokens
         replay.max_age replay.lag learner.micro_batch learner.warmup learner.weight_decay
         learner.max_grad_norm eval.every limits.actor_restarts cluster.actor_cpus
         rollout.vllm.kv_cache_gib
-        cluster.learner_cpus cluster.learner_gpus cluster.actor_gpus checkpoint.every
-        checkpoint.seconds limits.backoff_seconds limits.learner_restarts limits.queue_restarts
-        limits.evaluator_restarts""",
+        cluster.learner_cpus cluster.learner_gpus cluster.actor_gpus cluster.evaluator_gpus
+        checkpoint.every checkpoint.seconds limits.backoff_seconds limits.learner_restarts
+        limits.queue_restarts limits.evaluator_restarts""",
     _FRACTION: "objective.quantile_start objective.quantile_end learner.beta1 learner.beta2",
     _over_zero(1.0): "rollout.temperature",
     _over_zero(0.4): "policy.bandit.scale",
@@ -68,7 +69,7 @@ _GROUPS: dict[Bound, str] = {
     _over_zero(0.1): "objective.beta",
     _over_zero(1e-3): "learner.lr",
     _over_zero(120.0): "limits.wait_seconds",
-    _over_zero(60.0): "limits.queue_seconds",
+    _over_zero(60.0): "limits.queue_seconds limits.transfer_seconds",
     _over_zero(1e-5): "limits.engine_mismatch_kl",
     _over_zero(300.0): "limits.startup_seconds",
     _over_zero(512.0): "checkpoint.journal_mib",
@@ -76,6 +77,7 @@ _GROUPS: dict[Bound, str] = {
     _over_zero(900.0): "limits.stall_seconds",
     Bound(0, 1, open_low=True, open_high=True, inside=0.2): "objective.epsilon",
     Bound(0, 1, open_low=True, inside=0.5): "limits.failure_rate",
+    Bound(0, 1, open_low=True, inside=0.9): "rollout.vllm.gpu_memory_utilization",
     Bound(1, open_low=True, inside=2.0): "objective.mask_ratio",
     Bound(high=0): "objective.floor",
     Bound(0, 2**63 - 1): "seed",

@@ -7,6 +7,8 @@ number of optimizer steps that one round feeds.
 from dataclasses import dataclass, field
 from enum import Enum
 
+from configs.schema_vllm import Transfer, VllmConfig
+
 
 class EngineKind(Enum):
     torch = "torch"
@@ -134,16 +136,6 @@ class PromptsConfig:
 
 
 @dataclass
-class VllmConfig:
-    """How rollout.engine=vllm runs its engine; the defaults suit a CPU."""
-
-    max_sequences: int = 256  # responses generated at once; more of them wait
-    kv_cache_gib: float = 1.0  # GiB; 0 leaves the size to vLLM
-    prefix_caching: bool = True  # reuse of shared prompts; emptied at every change of weights
-    compile: bool = False  # faster steps on larger models, at the price of a slower start
-
-
-@dataclass
 class RolloutConfig:
     engine: EngineKind = EngineKind.torch
     actors: int = 1
@@ -153,6 +145,7 @@ class RolloutConfig:
     lease: int = 10  # prompts per lease, at most B/C; its size never depends on `actors`
     update: UpdateKind = UpdateKind.between_requests
     concurrent_leases: int = 2  # that an actor serves at once with update=in_flight
+    transfer: Transfer = Transfer.host  # the way that weights take to the actors
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
@@ -255,6 +248,7 @@ class LimitsConfig:
     queue_seconds: float = 60.0  # for the queue to say how it is, before it is taken to hang
     lease_seconds: float = 600.0  # for a lease, before its actor is taken to hang
     step_seconds: float = 600.0  # for one batch, before the learner is taken to hang
+    transfer_seconds: float = 60.0  # for weights pushed by nccl or ipc, before they go by host
     stall_seconds: float = 900.0  # without any progress, before the run stops and says so
     backoff_seconds: float = 0.5  # before a restart; twice as long each time, at most 30 s
     failure_rate: float = 0.5  # of the last `failure_window` rollouts; above it the run stops
@@ -275,6 +269,8 @@ class ClusterConfig:
     learner_cpus: float = 0.0
     learner_gpus: float = 0.0
     actor_gpus: float = 0.0
+    evaluator_gpus: float = 0.0
+    colocated: bool = False  # learner and actor share one GPU and take turns: vLLM sleeps meanwhile
     threads: int = 1  # per process; small models are slower with two
     faults: str = ""  # faults on purpose, `configs.faults`; for tests of reliability
 

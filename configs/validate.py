@@ -2,11 +2,12 @@
 
 from configs.bounds import Rule, numbers_are_in_range
 from configs.rules_algorithm import ALGORITHM_RULES
+from configs.rules_gpu import GPU_RULES
 from configs.rules_system import SYSTEM_RULES
 from configs.schema import Config
 
 # In this order: a later rule may rely on what the earlier ones hold.
-RULES: tuple[Rule, ...] = (numbers_are_in_range, *ALGORITHM_RULES, *SYSTEM_RULES)
+RULES: tuple[Rule, ...] = (numbers_are_in_range, *ALGORITHM_RULES, *SYSTEM_RULES, *GPU_RULES)
 
 
 def check(config: Config) -> None:

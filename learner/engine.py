@@ -1,6 +1,8 @@
 """The DeepSpeed engine of one rank: accumulate micro-batches, step or skip, read out weights."""
 
+import math
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -61,6 +63,7 @@ class DeepSpeedEngine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._settings(ranks), dist_init_required=False
         )
+        self._flat: np.ndarray | None = None
         self.writer = BackgroundWriter()
         self.engine.checkpoint_engine = self.writer
 
@@ -107,16 +110,44 @@ class DeepSpeedEngine:
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
 
+    def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, type and whole shape of each parameter, in the order of `gathered`; local."""
+        return [
+            (name, parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
+            for name, parameter in policy.named(self.engine.module)
+        ]
+
     @torch.no_grad()
-    def weights(self) -> np.ndarray:
-        """All weights as `actors.policy.flatten` lays them out. Collective under ZeRO-3, where
-        parameters are gathered one by one."""
+    def gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole tensor of each parameter, in the flat array's order, one at a time.
+
+        Under ZeRO-3 a collective that holds one parameter at a time: every rank goes through it to
+        the end, and a tensor is good until the next is asked for.
+        """
         if self.config.zero_stage < 3:
-            return policy.flatten(self.engine.module)
+            yield from ((n, p.detach()) for n, p in policy.named(self.engine.module))
+            return
         import deepspeed
 
-        pieces = []
-        for parameter in policy.parameters(self.engine.module):
+        for name, parameter in policy.named(self.engine.module):
             with deepspeed.zero.GatheredParameters([parameter]):
-                pieces.append(parameter.detach().reshape(-1).float().cpu().numpy().copy())
-        return np.concatenate(pieces)
+                yield name, parameter.detach()
+
+    def weights(self, also: Callable[[str, Tensor], None] | None = None) -> np.ndarray:
+        """All weights as `actors.policy.flatten` lays them out; see `gathered`.
+
+        The array is one, filled anew by each call: memory that was used before is several times
+        faster. also: is given each parameter on its way.
+        """
+        sizes = [math.prod(shape) for _, _, shape in self.layout()]
+        if self._flat is None:
+            self._flat = np.empty(sum(sizes), dtype=np.float32)
+        flat = self._flat
+        if also is None and self.config.zero_stage < 3:
+            return policy.flatten(self.engine.module, flat)
+        pieces = torch.from_numpy(flat).split(sizes)
+        for (name, tensor), piece in zip(self.gathered(), pieces, strict=True):
+            if also is not None:
+                also(name, tensor)
+            piece.copy_(tensor.reshape(-1))
+        return flat

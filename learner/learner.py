@@ -5,6 +5,7 @@ the tests and the benchmarks' bare loops.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -55,9 +56,12 @@ class Learner:
         model = policy.load_pretrained(self.config.policy, path, self.config.learner.precision)
         return nn.Module.to(model.eval().requires_grad_(False), self.engine.device)
 
-    def weights(self) -> np.ndarray:
-        """The current weights, flat; collective under ZeRO-3. Kept for measuring KL, too."""
-        flat = self.engine.weights()
+    def weights(self, also: Callable[[str, Tensor], None] | None = None) -> np.ndarray:
+        """The current weights, flat; collective under ZeRO-3. Kept for measuring KL, too.
+
+        The array is filled anew by the next call. also: is given each parameter on its way.
+        """
+        flat = self.engine.weights(also)
         self.remember(self.version, flat)
         return flat
 

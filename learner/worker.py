@@ -16,6 +16,7 @@ from learner import checkpoint
 from learner.cells import StepRecord
 from learner.engine import join
 from learner.learner import Learner
+from learner.publisher import publisher
 from learner.replay.clients import LearnerQueue
 
 
@@ -48,6 +49,7 @@ class LearnerWorker:
         self.learner = Learner(self.config, self.rank)
         seconds = self.config.limits.wait_seconds
         self.queue = LearnerQueue(queue, self.rank, seconds, self.published)
+        self.publisher = publisher(self.config, self.learner, self.rank)
         self.number = 0
         before: list[tuple[Version, Any]] = []
         if restored:
@@ -58,7 +60,7 @@ class LearnerWorker:
         for version, flat in before:
             self.learner.remember(version, flat)
             self._publish(version, [self._put(flat), None])
-        weights = self._put_weights()
+        weights = self.publisher.publish(push=False)
         self._publish(self.learner.version, [weights, self.learner.probe()])
         return [self._put(self.learner.initial), weights]
 
@@ -92,7 +94,7 @@ class LearnerWorker:
         publishing = time.perf_counter()
         publishes = self.learner.publishes(self.number)
         evaluates = self.learner.evaluates(self.number)
-        weights = self._put_weights() if publishes or evaluates else None
+        weights = self.publisher.publish(publishes) if publishes or evaluates else None
         faults.hit("learner.publish.before")
         probe = self.learner.probe() if publishes else None
         due = None
@@ -110,6 +112,11 @@ class LearnerWorker:
         )  # fmt: skip
         return record
 
+    def join(self, workers: dict[int, Any]) -> None:
+        """Rollout actors' processes by index, to push weights to; also while `train` runs."""
+        for actor, handle in workers.items():
+            self.publisher.join(actor, handle)
+
     def save(self, folder: str) -> float:
         """Begin to write this rank's part of a checkpoint; returns the seconds that it took."""
         started = time.perf_counter()
@@ -122,10 +129,6 @@ class LearnerWorker:
     def written(self) -> bool:
         """Whether this rank's part is written; OSError where the disk refused it."""
         return self.learner.engine.writer.done()
-
-    def _put_weights(self) -> Any:
-        """The current weights in the object store, from rank 0; None from others."""
-        return self._put(self.learner.weights())
 
     def _put(self, flat: np.ndarray) -> Any:
         return ray.put(flat) if self.rank == 0 else None

@@ -110,7 +110,7 @@ class Local:
             yield record
 
     def _publish(self) -> None:
-        published = [self.learner.weights(), self.learner.probe()]
+        published = [self.learner.weights().copy(), self.learner.probe()]
         self.queue.publish(self.learner.version, published)
 
 

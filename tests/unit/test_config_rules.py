@@ -18,6 +18,10 @@ from configs.validate import RULES, check
 
 QUICK = settings(max_examples=60, deadline=None)
 
+VLLM = "rollout.engine=vllm policy.bandit.width=64 policy.bandit.heads=2"
+GPUS = "cluster.learner_gpus=1 cluster.actor_gpus=1"
+SHARED = "cluster.colocated=true cluster.learner_gpus=0.5 cluster.actor_gpus=0.4"
+
 # rule, what breaks it (on the preset `bandit`), the key named, a part of the fix
 BROKEN = [
     ("numbers_are_in_range", "learner.lr=0", "learner.lr", "learner.lr=0.001"),
@@ -86,6 +90,47 @@ BROKEN = [
     ("run_name_is_a_file_name", "run.name=a/b", "run.name", "run.name=a_b"),
     ("run_name_is_a_file_name", "run.name=..", "run.name", "run.name=try"),
     ("faults_are_known", "cluster.faults=actor.put.before@1:burn", "cluster.faults", "kill, hang"),
+    ("transfer_has_gpus", "rollout.transfer=nccl", "rollout.transfer", "rollout.engine=vllm"),
+    ("transfer_has_gpus", f"{VLLM} rollout.transfer=nccl", "rollout.transfer",
+     "cluster.learner_gpus=1 cluster.actor_gpus=1"),
+    ("transfer_has_gpus", f"{VLLM} rollout.transfer=ipc cluster.actor_gpus=0.5",
+     "rollout.transfer", "cluster.learner_gpus=0.5 cluster.actor_gpus=0.4"),
+    ("transfer_has_gpus",
+     f"{VLLM} rollout.transfer=nccl cluster.learner_gpus=0.5 cluster.actor_gpus=0.5",
+     "rollout.transfer", "cluster.learner_gpus=1"),
+    ("transfer_has_gpus", f"{VLLM} {GPUS} rollout.transfer=nccl data.source=offline",
+     "rollout.transfer", "rollout.transfer=host"),
+    ("pushed_weights_are_the_newest", f"{VLLM} {GPUS} rollout.transfer=nccl replay.lag=1",
+     "replay.lag", "replay.lag=0"),
+    ("pushed_weights_are_the_newest",
+     f"{VLLM} {GPUS} rollout.transfer=nccl replay.schedule=pipelined", "rollout.update",
+     "rollout.update=in_flight"),
+    ("colocation_fits_transfer", f"{VLLM} {GPUS} rollout.transfer=ipc", "rollout.transfer",
+     "cluster.colocated=true"),
+    ("colocation_fits_transfer", f"{VLLM} {GPUS} rollout.transfer=nccl cluster.colocated=true",
+     "rollout.transfer", "rollout.transfer=ipc"),
+    ("colocated_take_turns", "cluster.colocated=true", "cluster.colocated",
+     "rollout.engine=vllm"),
+    ("colocated_take_turns", f"{VLLM} {SHARED} data.source=offline", "cluster.colocated",
+     "data.source=on_policy"),
+    ("colocated_take_turns", f"{VLLM} {SHARED} replay.schedule=pipelined", "cluster.colocated",
+     "replay.schedule=lockstep"),
+    ("colocated_take_turns", f"{VLLM} {SHARED} rollout.actors=2", "cluster.colocated",
+     "rollout.actors=1 learner.ranks=1"),
+    ("colocated_take_turns", f"{VLLM} {SHARED} learner.ranks=2", "cluster.colocated",
+     "rollout.actors=1 learner.ranks=1"),
+    ("colocated_take_turns", f"{VLLM} {SHARED} cluster.evaluator_gpus=0.2", "cluster.colocated",
+     "cluster.evaluator_gpus=0.1"),
+    ("colocated_take_turns", f"{VLLM} cluster.colocated=true", "cluster.colocated",
+     "cluster.learner_gpus=0.5"),
+    ("tensor_parallel_is_the_actors_gpus", "rollout.vllm.tensor_parallel=2",
+     "rollout.vllm.tensor_parallel", "rollout.engine=vllm"),
+    ("tensor_parallel_is_the_actors_gpus", f"{VLLM} rollout.vllm.tensor_parallel=2",
+     "rollout.vllm.tensor_parallel", "cluster.actor_gpus=2"),
+    ("tensor_parallel_is_the_actors_gpus", f"{VLLM} cluster.actor_gpus=4",
+     "rollout.vllm.tensor_parallel", "tensor_parallel=4"),
+    ("tensor_parallel_is_the_actors_gpus", f"{VLLM} cluster.actor_gpus=1.5",
+     "rollout.vllm.tensor_parallel", "cluster.actor_gpus=2"),
 ]  # fmt: skip
 
 
@@ -145,6 +190,12 @@ def test_every_number_has_a_range():
         "objective.name=reinforce replay.inner_epochs=1 objective.importance=sequence"
         " objective.importance_cap=5",
         "replay.schedule=pipelined replay.inner_epochs=1 replay.max_age=0 rollout.actors=2",
+        f"{VLLM} {GPUS} rollout.transfer=nccl rollout.actors=3 learner.ranks=2",
+        f"{VLLM} rollout.transfer=nccl cluster.learner_gpus=1 cluster.actor_gpus=4"
+        " rollout.vllm.tensor_parallel=4 replay.schedule=pipelined rollout.update=in_flight",
+        f"{VLLM} {SHARED} rollout.transfer=ipc cluster.evaluator_gpus=0.1",
+        f"{VLLM} {SHARED}",
+        f"{VLLM} cluster.actor_gpus=0.5 rollout.actors=2",
     ],
 )
 def test_sound_combinations_pass(overrides):

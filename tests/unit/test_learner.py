@@ -60,7 +60,7 @@ def test_max_age_0_is_plain_on_policy_reinforce():
 def run(config, actors: int = 1) -> tuple[list[float], np.ndarray]:
     local = Local(config, actors)
     losses = [record.loss for record in local.steps(config.learner.updates)]
-    return losses, local.learner.weights()
+    return losses, local.learner.weights().copy()
 
 
 def test_equal_seeds_give_bit_equal_lockstep_runs_also_with_two_actors():
@@ -92,7 +92,7 @@ def test_a_loss_that_is_not_finite_skips_its_step_uses_its_batch_and_makes_no_ve
     for number in range(6):
         broken = Objective(real.name, real.traits, lambda x, s: x.logp_NL.sum() * float("nan"))
         local.learner.objective = broken if number == 3 else real
-        before = local.learner.weights()
+        before = local.learner.weights().copy()
         record = next(local.steps(1))
         stepped.append(record.stepped)
         assert np.array_equal(before, local.learner.weights()) == (not record.stepped)

@@ -46,7 +46,7 @@ def test_a_context_too_short_for_a_probe_leaves_it_out():
     tight = settings("bandit", "prompts.max_tokens=1", "rollout.max_tokens=1")
     local.learner._probe_NT = probe.text(tight, policy.architecture(tight))
     assert local.learner.probe() is None
-    local.queue.publish(Version(0, 0), [local.learner.weights(), None])
+    local.queue.publish(Version(0, 0), [local.learner.weights().copy(), None])
     (record,) = local.steps(1)
     assert record.queue["engine_mismatch_probe"] is None
 
@@ -109,7 +109,7 @@ def test_a_forgotten_update_trips_the_alarm_of_a_pipelined_run_without_age_0_tok
 def test_a_batch_takes_the_largest_mismatch_since_the_last_was_frozen_also_over_a_skip():
     local = Local(settings("bandit", "learner.updates=4"))
     queue = local.queue = new_queue(local.config)
-    queue.publish(Version(0, 0), [local.learner.weights()])
+    queue.publish(Version(0, 0), [local.learner.weights().copy()])
     local.actors[0].queue.queue = queue
     local.generate()
     for nats in (None, 0.25, 0.5, 0.125):
