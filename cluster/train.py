@@ -26,6 +26,7 @@ from cluster.restarts import Restarts, reason
 from cluster.run_directory import RunDirectory
 from cluster.saver import Saver
 from cluster.watchdog import LearnerLost, Watchdog, is_fatal
+from configs import faults
 from configs.schema import Config
 from learner.cells import StepRecord
 
@@ -76,6 +77,7 @@ class Run:
         self, config: Config, preset: str, directory: RunDirectory, progress: Progress,
         started: float, own_cluster: bool,
     ) -> None:  # fmt: skip
+        faults.install(config.cluster.faults, str(directory.faults.resolve()))
         self.config, self.preset, self.directory = config, preset, directory
         self.progress, self.started, self.say = progress, started, progress.message
         self.parts = Parts(config, directory, self.say, own_cluster)
@@ -174,6 +176,7 @@ class Run:
 
     def _train_lineage(self) -> None:
         """Ask for batches until all are done or a stop is asked for."""
+        self.watchdog.begin()
         asked = self._ask(self.books.batch)
         while asked.calls:
             done, _ = ray.wait(asked.calls, num_returns=len(asked.calls), timeout=POLL_SECONDS)

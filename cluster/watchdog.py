@@ -1,6 +1,7 @@
 """Watching over a run: what hangs is ended, what stands still is named and written down."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,6 +49,11 @@ class Watchdog:
     ) -> None:  # fmt: skip
         self.limits, self.parts, self.saver = config.limits, parts, saver
         self.directory, self.say = directory, say
+        self._since = time.monotonic()
+
+    def begin(self) -> None:
+        """The learner is about to be asked for batches."""
+        self._since = time.monotonic()
 
     def look(self) -> None:
         """Restart rollout actors that died or hang. LearnerLost where the learner does, Stalled
@@ -61,7 +67,8 @@ class Watchdog:
         for line in self.parts.fleet.watch(status["leases"]):
             self.say(line)
         self.saver.look_at_journal(status)
-        if status["in_hand"] > self.limits.step_seconds:
+        in_hand = min(status["in_hand"], time.monotonic() - self._since)
+        if in_hand > self.limits.step_seconds:
             raise LearnerLost(f"no step in {self.limits.step_seconds:g} s: a rank hangs")
         if status["silent"] > self.limits.stall_seconds:
             self._dump(status)

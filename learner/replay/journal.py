@@ -62,7 +62,7 @@ def read_base(path: Path) -> tuple[int, str, dict[str, Any]]:
 def read_head(path: Path) -> tuple[int, str]:
     """Batches committed at the cut, and what it was for. DamagedError where they are not there."""
     head = next(frames(path), None)
-    if isinstance(head, dict) and isinstance(head.get("batch"), int):
+    if isinstance(head, dict) and type(head.get("batch")) is int:  # True is none
         return head["batch"], str(head.get("kind"))
     raise DamagedError(f"{path}: is missing or damaged")
 

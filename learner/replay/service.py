@@ -138,14 +138,14 @@ class QueueService:
                 self._note(recovery.frozen(number))
             return batch
 
-        while (batch := await self._until(ready, POLL_SECONDS)) is None:
-            limit = self._stall_seconds + GRACE_SECONDS
-            if number == self.queue.committed and self.stalls.silent() > limit:
-                missing = self.queue.missing(number)
-                raise TimeoutError(f"no rollout for {limit:.0f} s: {missing}")
+        with self.stalls.asking(number):
+            while (batch := await self._until(ready, POLL_SECONDS)) is None:
+                limit = self._stall_seconds + GRACE_SECONDS
+                if number == self.queue.committed and self.stalls.silent() > limit:
+                    missing = self.queue.missing(number)
+                    raise TimeoutError(f"no rollout for {limit:.0f} s: {missing}")
         if isinstance(batch, Batch):
             batch.measures["actor_idle_fraction"] = self.stalls.idle_fraction()
-            self.stalls.handed_out(number)
             return batch
         return None if batch is True else batch
 
@@ -285,7 +285,7 @@ class QueueService:
         now = time.monotonic()
         return {
             "silent": self.stalls.silent(),
-            "in_hand": self.stalls.in_hand(self.queue.committed),
+            "in_hand": 0.0 if self._over() else self.stalls.in_hand(self.queue.committed),
             "leases": {
                 f"{t.actor}": now - t.since
                 for t in sorted(self.queue.line.leases.values(), key=lambda t: -t.since)

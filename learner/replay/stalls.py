@@ -1,6 +1,9 @@
 """The queue's clocks: how long actors wait, and how long nothing has happened at all."""
 
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class Stalls:
@@ -8,8 +11,8 @@ class Stalls:
 
     def __init__(self) -> None:
         self._actors: dict[tuple[int, int], list[float]] = {}  # (actor, slot): first call, waited
-        self._progress = self._committed = time.monotonic()
-        self._handed: tuple[int, float] = (-1, 0.0)  # a batch, and since when a rank has it
+        self._progress = self._learner = time.monotonic()
+        self._asking: Counter[int] = Counter()  # batches that ranks wait for
 
     def called(self, actor: int, slot: int) -> float:
         """An actor asks for a lease; returns now."""
@@ -36,16 +39,20 @@ class Stalls:
         """Seconds since something went forward."""
         return time.monotonic() - self._progress
 
-    def handed_out(self, number: int) -> None:
-        """A rank has got its slice of a batch."""
-        if number != self._handed[0]:
-            self._handed = (number, time.monotonic())
+    @contextmanager
+    def asking(self, number: int) -> Iterator[None]:
+        """A rank waits for a batch."""
+        self._asking[number] += 1
+        try:
+            yield
+        finally:
+            self._asking[number] -= 1
+            self._learner = time.monotonic()
 
     def committed(self) -> None:
         """A rank has reported on a batch."""
-        self._committed = time.monotonic()
+        self._learner = time.monotonic()
 
     def in_hand(self, committed: int) -> float:
-        """Seconds that ranks have sat on the batch after `committed`; 0 where they have none."""
-        number, since = self._handed
-        return time.monotonic() - max(since, self._committed) if number >= committed else 0.0
+        """Seconds since the learner was last heard of; 0 while it waits for its next batch."""
+        return 0.0 if self._asking[committed] > 0 else time.monotonic() - self._learner
