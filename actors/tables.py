@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from configs.errors import one_line
+
 TOKEN_LIMIT = 2**31  # token ids are int32
 
 
@@ -50,9 +52,7 @@ def parquet_rows(path: str) -> Iterator[Row]:
                 for values in batch.to_pylist():
                     yield Row(f"{path}: row {number}", values)
                     number += 1
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        if isinstance(error, DataError):
-            raise
+    except Exception as error:  # e.g. OverflowError for a date after the year 9999
         raise DataError(f"{path}: cannot be read: {brief(error)}") from error
 
 
@@ -61,8 +61,12 @@ def dataset_rows(path: str, split: str) -> Iterator[Row]:
 
     Raises DataError where it cannot be loaded or has no such split. Rows count from 0.
     """
-    for number, values in enumerate(_load_dataset(path, split)):
-        yield Row(f"{path}: row {number}", dict(values))
+    rows = _load_dataset(path, split)
+    try:
+        for number, values in enumerate(rows):
+            yield Row(f"{path}: row {number}", dict(values))
+    except Exception as error:  # as in `parquet_rows`
+        raise DataError(f"{path}: cannot be read: {brief(error)}") from error
 
 
 def table_rows(path: str) -> Iterator[Row]:
@@ -104,9 +108,8 @@ def require(row: Row, column: str) -> Any:
 
 
 def brief(error: object, limit: int = 300) -> str:
-    """An error's text in one line of at most `limit` characters."""
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= limit else line[: limit - 1] + "…"
+    """An error's text in one printable line of at most `limit` characters."""
+    return one_line(str(error), limit) or type(error).__name__
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:

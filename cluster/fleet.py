@@ -40,6 +40,7 @@ class Fleet:
         self.on_restart: Callable[[dict[int, Any]], None] = lambda workers: None
         self.workers = {index: self._start(index) for index in range(config.rollout.actors)}
         self.running: dict[Any, int] = {}
+        self.started: dict[int, float] = {}  # when an actor was set to work
         self.due: dict[int, float] = {}  # when an actor is to be started again
 
     def _start(self, index: int) -> Any:
@@ -79,13 +80,15 @@ class Fleet:
             self._run(index)
 
     def _run(self, index: int) -> None:
+        self.started[index] = time.monotonic()
         call = self.workers[index].call.remote("run", self.queue, self.rewards)
         self.running[call] = index
 
-    def watch(self, leases: dict[str, float]) -> list[str]:
+    def watch(self, unheard: dict[int, float]) -> list[str]:
         """End actors that hang, restart those that died; returns a line about each.
 
-        leases: seconds that each actor has had its oldest lease. FleetError when it is too often.
+        unheard: seconds since each actor that the queue knows took its oldest lease, or was heard
+        of at all. RestartsUsedUp when it is too often.
         """
         lines = []
         for call in _done(self.running, 0.0):
@@ -94,11 +97,13 @@ class Fleet:
                 ray.get(call)
             except ray.exceptions.RayError as error:
                 lines.append(self._restart(index, reason(error)))
-        limit = self.config.limits.lease_seconds
+        now, limits = time.monotonic(), self.config.limits
         for call, index in list(self.running.items()):
-            if leases.get(str(index), 0.0) > limit:
+            started = now - self.started[index]
+            limit = limits.lease_seconds if index in unheard else limits.startup_seconds
+            if min(started, unheard.get(index, started)) > limit:
                 del self.running[call]
-                lines.append(self._restart(index, f"no answer to a lease for {limit:g} s"))
+                lines.append(self._restart(index, f"no word of it for {limit:g} s"))
         for index in [i for i, when in self.due.items() if when <= time.monotonic()]:
             del self.due[index]
             self.workers[index] = self._start(index)

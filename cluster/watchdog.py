@@ -64,7 +64,7 @@ class Watchdog:
             self.say(str(error))
             return
         assert self.parts.fleet is not None
-        for line in self.parts.fleet.watch(status["leases"]):
+        for line in self.parts.fleet.watch(status["actors"]):
             self.say(line)
         self.saver.look_at_journal(status)
         in_hand = min(status["in_hand"], time.monotonic() - self._since)

@@ -9,7 +9,9 @@ import copy
 import difflib
 import enum
 import functools
+import operator
 import os
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import is_dataclass
@@ -19,13 +21,17 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.bounds import any_of
+from configs.bounds import any_of, leaves
 from configs.errors import ConfigError, one_line
 from configs.schema import Config, DataSource, Precision, Schedule
 from configs.validate import check
 
 PRESETS = Path(__file__).parent
 MISMATCH = {Precision.float32: 1e-5, Precision.bfloat16: 1e-2}  # nats per token
+DEEPEST, MOST_NODES, MOST_CHARACTERS = 50, 2_000, 100_000  # of a preset; ours have 4, 80, 1,000
+_REFUSALS = (OmegaConfBaseException, ValueError, TypeError, OverflowError, RecursionError)
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # what no UTF-8 file takes: undecodable arguments
+_INTERPOLATION = re.compile(r"(\\*)\$\{")  # backslashes before it are escapes to OmegaConf
 OTHER_NAMES = {  # what people type → our setting; Algorithm 1's letters among them
     "B": "replay.samples_per_round",
     "C": "rollout.responses_per_prompt",
@@ -98,6 +104,12 @@ def resolve(config: Config) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The settings as YAML that `load` reads back to an equal config."""
+    config = copy.deepcopy(config)
+    for key, value in leaves(config):
+        if isinstance(value, str) and "${" in value:  # as it stands, not to be resolved again
+            section, _, name = key.rpartition(".")
+            escaped = _INTERPOLATION.sub(r"\1\1\\${", value)
+            setattr(operator.attrgetter(section)(config) if section else config, name, escaped)
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
@@ -151,13 +163,41 @@ def _preset_leaves(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, o
 
 def _read_yaml(path: Path) -> dict[str, object]:
     try:
-        parsed = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+        text = path.read_text(encoding="utf-8")
+        _refuse_bombs(text)
+        parsed = OmegaConf.to_container(OmegaConf.create(text))
+    except Exception as error:  # YAML's tags raise whatever they like: `!!timestamp x`
         problem = f"cannot be read: {one_line(str(error))}"
         raise ConfigError("preset", path, problem, "correct the file") from error
     if not isinstance(parsed, dict):
         raise ConfigError("preset", path, "is not a mapping of settings", "write `section:` lines")
     return {str(key): value for key, value in parsed.items()}
+
+
+def _refuse_bombs(text: str) -> None:
+    """ValueError for YAML that is too deep, or too much with its aliases written out.
+
+    Deep brackets overflow the C stack of PyYAML's composer, and aliases of aliases grow without
+    limit in OmegaConf; so both are counted in the parser's events before either sees them.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"it has more than {MOST_CHARACTERS:,} characters")
+    sizes: dict[str, int] = {}  # of anchors, in nodes
+    inside: list[tuple[str | None, int]] = [(None, 0)]  # anchor and nodes of what is being read
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            inside.append((event.anchor, 1))
+            size = 0
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = inside.pop()
+            sizes |= {anchor: size} if anchor else {}
+        elif isinstance(event, yaml.NodeEvent):
+            size = sizes.get(event.anchor, 1) if isinstance(event, yaml.AliasEvent) else 1
+        else:
+            continue
+        inside[-1] = (inside[-1][0], inside[-1][1] + size)
+        if len(inside) > DEEPEST or inside[-1][1] > MOST_NODES:
+            raise ValueError(f"it is over {DEEPEST} levels deep or {MOST_NODES:,} values large")
 
 
 def _flatten(tree: dict[str, object], prefix: str) -> Iterator[tuple[str, object]]:
@@ -182,21 +222,26 @@ def _assign(tree: DictConfig, key: str, value: object) -> None:
         raise _unknown(key, value)
     try:
         OmegaConf.update(tree, key, value)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
+    except _REFUSALS as error:
         raise _wrong_type(key, value) from error
 
 
 def _to_object(tree: DictConfig) -> Config:
     try:
         config = OmegaConf.to_object(tree)
-    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+    except _REFUSALS as error:
         key = getattr(error, "full_key", None) or "config"
         value = OmegaConf.to_container(tree, resolve=False)
         for part in key.split("."):
             value = value.get(part, "") if isinstance(value, dict) else value
-        problem = f"cannot be resolved: {one_line(str(error).splitlines()[0])}"
+        problem = f"cannot be resolved: {(str(error).splitlines() or ['too deep'])[0]}"
         raise ConfigError(key, value, problem, "write the value itself") from error
     assert isinstance(config, Config)
+    for key, value in leaves(config):
+        if isinstance(value, str) and not value.isascii() and _SURROGATE.search(value):
+            raise ConfigError(key, value, "is not Unicode text", "write it in UTF-8")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(key, value, "does not fit in 64 bits", f"set {key} to a usual number")
     return config
 
 

@@ -98,6 +98,8 @@ class QueueService:
     async def put(self, lease: Lease, block: Rollouts, probed: float | None = None) -> None:
         faults.hit("queue.put.before")
         self.queue.probed(probed)
+        if (taken := self.queue.line.leases.get(lease.id)) is not None:
+            self.stalls.heard(taken.actor)
         self.queue.put(lease, block)
         if self.journal:
             self._note(recovery.put(lease, block))
@@ -108,6 +110,8 @@ class QueueService:
         """See `Line.release`."""
         released = self.queue.release(actor, blame)
         self._note(recovery.released(actor, blame))
+        if actor is not None:
+            self.stalls.forget(actor)
         self._wake()
         return released
 
@@ -281,15 +285,14 @@ class QueueService:
         }
 
     async def status(self) -> dict[str, Any]:
-        """What the watchdog looks at: seconds without progress, leases and the batch in hand."""
-        now = time.monotonic()
+        """What the watchdog looks at: seconds without any progress; without a word of the learner;
+        and, by actor, since it took its oldest lease, or has neither had nor asked for one."""
+        now, leases = time.monotonic(), self.queue.line.leases.values()
+        held = {t.actor: now - t.since for t in sorted(leases, key=lambda t: -t.since)}
         return {
             "silent": self.stalls.silent(),
             "in_hand": 0.0 if self._over() else self.stalls.in_hand(self.queue.committed),
-            "leases": {
-                f"{t.actor}": now - t.since
-                for t in sorted(self.queue.line.leases.values(), key=lambda t: -t.since)
-            },
+            "actors": {} if self._over() else {**self.stalls.quiet(), **held},
             "journal_bytes": self.journal.bytes if self.journal else 0,
             "journal_broken": self.journal.broken if self.journal else "",
             "missing": self.queue.missing(self.queue.committed),

@@ -11,6 +11,8 @@ class Stalls:
 
     def __init__(self) -> None:
         self._actors: dict[tuple[int, int], list[float]] = {}  # (actor, slot): first call, waited
+        self._heard: dict[int, float] = {}  # when an actor last called, or was answered
+        self._waiting: Counter[int] = Counter()  # calls for a lease that actors wait for
         self._progress = self._learner = time.monotonic()
         self._asking: Counter[int] = Counter()  # batches that ranks wait for
 
@@ -18,11 +20,28 @@ class Stalls:
         """An actor asks for a lease; returns now."""
         now = time.monotonic()
         self._actors.setdefault((actor, slot), [now, 0.0])
+        self._waiting[actor] += 1
         return now
 
     def answered(self, actor: int, slot: int, since: float) -> None:
         """It has its answer."""
         self._actors[actor, slot][1] += time.monotonic() - since
+        self._waiting[actor] -= 1
+        self.heard(actor)
+
+    def heard(self, actor: int) -> None:
+        """An actor is alive."""
+        self._heard[actor] = time.monotonic()
+
+    def forget(self, actor: int) -> None:
+        """It is not any more."""
+        self._heard.pop(actor, None)
+        self._waiting.pop(actor, None)
+
+    def quiet(self) -> dict[int, float]:
+        """Seconds since each actor was heard of, of those that wait for nothing."""
+        now = time.monotonic()
+        return {a: now - since for a, since in self._heard.items() if self._waiting[a] <= 0}
 
     def idle_fraction(self) -> float | None:
         """Share of actors' time, since their first call, that they waited for a lease."""

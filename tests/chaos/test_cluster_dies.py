@@ -59,7 +59,7 @@ def undisturbed(tmp_path_factory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
 def test_a_run_killed_with_its_cluster_goes_on_bit_for_bit(tmp_path, undisturbed, seed):
     after = random.Random(seed).randint(10, UPDATES - 30)
     process = start(tmp_path, "killed")

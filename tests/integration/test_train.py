@@ -138,11 +138,11 @@ def test_a_lease_whose_actor_died_is_issued_again(ray_cluster, tmp_path, monkeyp
 
     watch, killed = Fleet.watch, []
 
-    def kill_once_then_watch(fleet: Fleet, leases: dict[str, float]) -> list[str]:
+    def kill_once_then_watch(fleet: Fleet, unheard: dict[int, float]) -> list[str]:
         if not killed and fleet.running:
             killed.append(True)
             ray.kill(fleet.workers[0])
-        return watch(fleet, leases)
+        return watch(fleet, unheard)
 
     monkeypatch.setattr(Fleet, "watch", kill_once_then_watch)
     summary, lines = run(tmp_path, "bandit_ppo", "rollout.lease=2", "learner.updates=40")
