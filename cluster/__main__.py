@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("report", _report, "write report.html of a run")
     sub.add_argument("run", metavar="RUN_DIR")
     sub = command("bench", _bench, "measure ours beside a named baseline, in one run")
-    sub.add_argument("name", choices=["methods", "overhead", "weights"])
+    sub.add_argument("name", choices=["kills", "methods", "overhead", "soak", "weights"])
     sub.add_argument("settings", nargs="*", metavar="key=value")
     sub = command("doctor", _doctor, "check that this machine can run a preset")
     sub.add_argument("preset", metavar="PRESET", nargs="?", default="bandit")

@@ -67,10 +67,10 @@ class Watchdog:
         for line in self.parts.fleet.watch(status["actors"]):
             self.say(line)
         self.saver.look_at_journal(status)
-        in_hand = min(status["in_hand"], time.monotonic() - self._since)
-        if in_hand > self.limits.step_seconds:
+        asked = time.monotonic() - self._since  # what was before does not count
+        if min(status["in_hand"], asked) > self.limits.step_seconds:
             raise LearnerLost(f"no step in {self.limits.step_seconds:g} s: a rank hangs")
-        if status["silent"] > self.limits.stall_seconds:
+        if min(status["silent"], asked) > self.limits.stall_seconds:
             self._dump(status)
             raise Stalled(
                 f"nothing went forward for {self.limits.stall_seconds:g} s "

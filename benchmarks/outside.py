@@ -1,0 +1,107 @@
+"""A run as a process of its own, watched from outside: for the records of reliability."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+OURS = ("ray::Host", "ray::QueueService", "ray::ServeReplica")  # titles of processes that may die
+
+
+class OutsideRun:
+    """`python -m cluster train PRESET …`, started, looked at, killed."""
+
+    def __init__(self, preset: str, settings: Sequence[str], folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self.directory = folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        self.command = [
+            sys.executable, "-m", "cluster", "train", preset, *settings,
+            f"run.dir={folder}", f"run.name={name}",
+        ]  # fmt: skip
+        self.log = folder / f"{name}.log"
+        self.started = time.monotonic()
+        self.process = self._start()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        with self.log.open("ab") as out:
+            return subprocess.Popen(self.command, stdout=out, stderr=out, env=environment)
+
+    def again(self) -> None:
+        """The same command once more."""
+        self.process = self._start()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def family(self) -> list[psutil.Process]:
+        """Every process below the driver."""
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def parts(self) -> list[psutil.Process]:
+        """Processes of the run's parts, by Ray's titles; in the order of their ids."""
+        named = [(p, title(p)) for p in self.family()]
+        found = [p for p, name in named if name.startswith(OURS)]
+        return sorted(found, key=lambda p: p.pid)
+
+    def step(self) -> int:
+        """The last step in metrics.jsonl, 0 without one."""
+        path = self.directory / "metrics.jsonl"
+        if not path.exists():
+            return 0
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 20_000))
+            lines = file.read().splitlines()
+        for line in reversed(lines):
+            try:
+                return int(json.loads(line)["step"])
+            except (ValueError, KeyError):
+                continue
+        return 0
+
+    def wait_for_step(self, step: int, seconds: float) -> bool:
+        """Until the run has got so far; False where it ended before. TimeoutError after that."""
+        deadline = time.monotonic() + seconds
+        while self.step() < step:
+            if self.process.poll() is not None:
+                return False
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.name} is at step {self.step()}, not {step}")
+            time.sleep(0.1)
+        return True
+
+    def finish(self, seconds: float) -> dict[str, Any]:
+        """Wait for its end; returns its summary."""
+        self.process.wait(seconds)
+        summary: dict[str, Any] = json.loads((self.directory / "summary.json").read_text())
+        return summary
+
+
+def title(process: psutil.Process) -> str:
+    """A process's title, empty where it is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def write(name: str, record: dict[str, Any]) -> Path:
+    """Keep a record under runs/bench/."""
+    from cluster.run_directory import describe_environment
+
+    target = Path("runs/bench") / f"{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    record = {"environment": describe_environment(), **record}
+    target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return target
