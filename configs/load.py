@@ -192,7 +192,7 @@ def _refuse_bombs(text: str) -> None:
             anchor, size = inside.pop()
             sizes |= {anchor: size} if anchor else {}
         elif isinstance(event, yaml.NodeEvent):
-            size = sizes.get(event.anchor, 1) if isinstance(event, yaml.AliasEvent) else 1
+            size = sizes.get(event.anchor or "", 1) if isinstance(event, yaml.AliasEvent) else 1
         else:
             continue
         inside[-1] = (inside[-1][0], inside[-1][1] + size)
