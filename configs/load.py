@@ -28,7 +28,8 @@ from configs.validate import check
 
 PRESETS = Path(__file__).parent
 MISMATCH = {Precision.float32: 1e-5, Precision.bfloat16: 1e-2}  # nats per token
-DEEPEST, MOST_NODES, MOST_CHARACTERS = 50, 2_000, 100_000  # of a preset; ours have 4, 80, 1,000
+DEEPEST, MOST_NODES, MOST_CHARACTERS = 50, 2_000, 1_000_000  # of a preset; ours have 4, 80, 1,000
+LONGEST_TEXT = 4_096  # characters of a setting, as of a path; so that a preset can hold them all
 _REFUSALS = (OmegaConfBaseException, ValueError, TypeError, OverflowError, RecursionError)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # what no UTF-8 file takes: undecodable arguments
 _INTERPOLATION = re.compile(r"(\\*)\$\{")  # backslashes before it are escapes to OmegaConf
@@ -240,6 +241,8 @@ def _to_object(tree: DictConfig) -> Config:
     for key, value in leaves(config):
         if isinstance(value, str) and not value.isascii() and _SURROGATE.search(value):
             raise ConfigError(key, value, "is not Unicode text", "write it in UTF-8")
+        if isinstance(value, str) and len(value) > LONGEST_TEXT:
+            raise ConfigError(key, value, f"is over {LONGEST_TEXT} characters", "write less")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ConfigError(key, value, "does not fit in 64 bits", f"set {key} to a usual number")
     return config

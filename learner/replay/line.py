@@ -71,7 +71,11 @@ class Line:
         done: the last lease that this slot has handed in. What else it holds in the books is a
         lease whose answer was lost on the way, and it gets that again. None: not to be looked at.
         """
-        if done is not None and (lost := self._in_hand(actor, slot, done)):
+        lost = self._in_hand(actor, slot, done) if done is not None else None
+        if lost is not None and not self._admits(lost.lease.groups[-1], version, committed, step):
+            self.orphans.append(self.leases.pop(lost.lease.id).lease.groups)  # a roll-back since
+            lost = None
+        if lost is not None:
             lease = replace(lost.lease, version=version, weights=weights)
         else:
             groups = self._orphaned(version, committed, step)
@@ -95,12 +99,19 @@ class Line:
         if not self.orphans:
             return ()
         first = min(self.orphans)
-        ahead = list(self.groups).index(first[-1])
-        round_ = self.rounds_taken + ahead // self.plan.groups_per_round
-        if not self.plan.admits(round_, committed, step, version.step):
+        if not self._admits(first[-1], version, committed, step):
             return ()
         self.orphans.remove(first)
         return first
+
+    def _admits(self, group: GroupId, version: Version, committed: int, step: int) -> bool:
+        """Whether a group of the line may be made by this version now."""
+        return self.plan.admits(self._round(group), committed, step, version.step)
+
+    def _round(self, group: GroupId) -> int:
+        """The round that will take a group of the line."""
+        ahead = list(self.groups).index(group) if group in self.groups else 0
+        return self.rounds_taken + ahead // self.plan.groups_per_round
 
     def still_out(self, groups: tuple[GroupId, ...]) -> tuple[GroupId, ...]:
         """Those of the groups that are in flight."""
@@ -120,15 +131,19 @@ class Line:
         self.ledger.issue(count * self.plan.members)
         return groups
 
-    def put(self, lease: Lease, block: Rollouts) -> None:
-        """Take a lease's groups, all members terminal; those that are known already are ignored."""
+    def put(self, lease: Lease, block: Rollouts, committed: int, step: int) -> None:
+        """Take a lease's groups, all members terminal; those that are known already are ignored.
+
+        After a roll-back, those come again that undone weights made, or weights that are by now too
+        old for the round that will take them.
+        """
         self.leases.pop(lease.id, None)
         undone = []
         for place, group in enumerate(block.ids()):
             self.attempts.pop(group, None)
             if group in self.groups and self.groups[group] is None:
                 self._enter(group, block, place)
-                if self._is_undone(group):
+                if self._is_undone(group, committed, step):
                     undone.append(group)
         self.come_again(undone)
 
@@ -150,9 +165,12 @@ class Line:
         self.ledger.enter(int(valid_C.sum()))
         self.groups[group] = Held.of(block, place)
 
-    def _is_undone(self, group: GroupId) -> bool:
+    def _is_undone(self, group: GroupId, committed: int, step: int) -> bool:
         held = self.groups.get(group)
-        return held is not None and self.lineages.undone(held)
+        if held is None or not self.lineages.last_step or held.oldest == OFFLINE_STEP:
+            return False
+        age = self.plan.last_age(self._round(group), committed, step, held.oldest)
+        return self.lineages.undone(held) or age > self.plan.max_age
 
     def come_again(self, groups: list[GroupId]) -> None:
         """Retire waiting groups as rolled back; each keeps its place as its next incarnation.

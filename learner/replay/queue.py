@@ -99,7 +99,7 @@ class ReplayQueue:
 
     def put(self, lease: Lease, block: Rollouts) -> None:
         """Take a lease's groups, all members terminal; those that are known already are ignored."""
-        self.line.put(lease, block)
+        self.line.put(lease, block, self.committed, self.version.step)
 
     def probed(self, nats: float | None) -> None:
         """How far an engine's scores of the probe text were from the learner's, if it was asked."""

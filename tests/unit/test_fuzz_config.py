@@ -15,6 +15,7 @@ from tests.fuzz import DEEP, SCALARS, TEXT, VALUES, assert_one_line, fuzz, neste
 
 SECTIONS = sorted({key.rpartition(".")[0] for key in flat_keys()} - {""})
 KEYS = st.sampled_from([*flat_keys(), *SECTIONS, "base", "lr", "learnr.lr", "B", "seed.x"])
+FREE = ["run.dir", "policy.cache_dir", "cluster.address", "prompts.column", "reward.token_env"]
 LIKELY = st.sampled_from(
     ["0", "1", "2", "10", "100", "1e-3", "-1", "0.5", "null", "true", "off", "ppo", "dpo", "rest",
      "reinforce", "vllm", "pipelined", "ready", "in_flight", "offline", "jsonl", "token", "none",
@@ -70,7 +71,7 @@ def preset_text(draw: Callable[..., Any]) -> str:
 
 
 @fuzz(80, text=preset_text(), base=st.sampled_from(["", "base: bandit\n", "base: offline_rwr\n"]))
-@example(text="run: " + nested(40_000), base="")  # a segmentation fault in PyYAML's composer
+@example(text="run: " + nested(400_000), base="")  # a segmentation fault in PyYAML's composer
 @example(text="seed: !!timestamp x", base="")
 @example(text='seed: !!int ""', base="")
 @example(text="learner.lr: 1" + "0" * 400, base="")
@@ -103,6 +104,8 @@ PAIRS = st.tuples(KEYS, WRITTEN | TEXT).map("=".join)
 @example(preset="bandit", overrides=["run.dir=" + nested(300, "${a:", "}")])
 @example(preset="bandit", overrides=["run.dir=\udcff"])  # what no file takes
 @example(preset="bandit", overrides=["x" * 5000])
+@example(preset="bandit", overrides=["run.dir=" + nested(100_000)])
+@example(preset="bandit", overrides=[f"{key}=" + "\U000e0001" * 4096 for key in FREE])
 @example(preset="bandit", overrides=["a\rb"])
 def test_any_override_is_taken_or_named_in_one_clear_line(
     folder: Path, preset: str, overrides: list[str]

@@ -185,6 +185,38 @@ def test_rollouts_that_undone_weights_make_after_the_roll_back_are_rolled_back_t
     asyncio.run(story())
 
 
+def test_a_lease_of_a_far_round_is_not_given_again_to_weights_that_a_roll_back_made_too_old(
+    tmp_path,
+):
+    async def story() -> None:
+        queue = service(tmp_path, round_groups=1, passes=2, max_age=3)
+        await queue.publish(Version(0, 0), ["w0"])
+        done = -1
+        for number in range(12):
+            while isinstance(lease := queue.queue.lease(0, 0, done), Lease):
+                done = lease.id
+                await queue.put(lease, answer(lease, 2))
+            await queue.get(0, number, 0)
+            await queue.commit(0, number, 0, True, {}, ["w"], "")
+        far = queue.queue.lease(0, 0, done)  # … whose answer is lost: round 6 or later
+        assert isinstance(far, Lease) and far.version.step == 12
+        assert await queue.roll_back("", actors_died=False) == (1, 0)
+        await queue.publish(Version(1, 0), ["w0"])
+        again = queue.queue.lease(0, 0, done)
+        assert again.groups != far.groups and again.groups[0].position < far.groups[0].position
+        for number in range(40):
+            while isinstance(again, Lease):
+                await queue.put(again, answer(again, 2))
+                again = queue.queue.lease(0, 0, again.id)
+            batch = await queue.get(1, number, 0)
+            assert batch.index.valid_M.all() and len(batch.index.valid_M) == 2
+            await queue.commit(1, number, 0, True, {}, ["w"], "")
+            again = queue.queue.lease(0, 0, -1)
+        assert queue.queue.ledger.retired["expired"] == 0 and queue.queue.ledger.balanced
+
+    asyncio.run(story())
+
+
 def test_a_lease_whose_answer_was_lost_is_given_again_and_no_other(tmp_path):
     async def story() -> None:
         queue = service(tmp_path)
