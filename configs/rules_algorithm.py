@@ -51,7 +51,9 @@ def round_holds_whole_minibatches(config: Config) -> None:
     b, m = config.replay.samples_per_round, config.learner.minibatch
     c = config.rollout.responses_per_prompt
     if b % m:
-        fitting = [size for size in range(min(b, m) // c * c, 0, -c) if b % size == 0][:2]
+        top = min(b, m) // c * c
+        near_top = range(top, max(0, top - 10_000 * c), -c)  # further down is no help, and slow
+        fitting = [size for size in near_top if b % size == 0][:2]
         fix = set_to("learner.minibatch", fitting or [b])
         problem = f"B must be a multiple of learner.minibatch={m} (M)"
         fix += f", or replay.samples_per_round={any_of(near(b, m))}"
