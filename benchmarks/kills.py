@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.outside import OutsideRun, title, write
+from benchmarks.outside import OutsideRun, own_settings, title, write
 
 FOLDER = Path("runs/kills")
 PATIENCE = 240.0  # seconds for a run to come back from one kill
@@ -28,14 +28,7 @@ LIMITS = [
 
 def main(overrides: list[str]) -> None:
     """Run it, print and keep the record."""
-    own = {"kills": 200, "seed": 0, "apart": 15}
-    rest = []
-    for text in overrides:
-        name, _, value = text.partition("=")
-        if name in own:
-            own[name] = int(value)
-        else:
-            rest.append(text)
+    own, rest = own_settings(overrides, {"kills": 200, "seed": 0, "apart": 15})
     updates = (own["kills"] + 10) * own["apart"]
     settings = [*LIMITS, f"learner.updates={updates}", "resume=never", *rest]
     disturbed = OutsideRun("bandit_pipelined", settings, FOLDER, "disturbed")

@@ -7,9 +7,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
+
+N = TypeVar("N", int, float)
 
 OURS = ("ray::Host", "ray::QueueService", "ray::ServeReplica")  # titles of processes that may die
 
@@ -86,6 +88,20 @@ class OutsideRun:
         self.process.wait(seconds)
         summary: dict[str, Any] = json.loads((self.directory / "summary.json").read_text())
         return summary
+
+
+def own_settings(
+    overrides: Sequence[str], defaults: dict[str, N]
+) -> tuple[dict[str, N], list[str]]:
+    """A bench's own settings, and the overrides that are the run's. ValueError for no number."""
+    own, rest = dict(defaults), []
+    for text in overrides:
+        name, _, value = text.partition("=")
+        if name in own:
+            own[name] = type(own[name])(value)
+        else:
+            rest.append(text)
+    return own, rest
 
 
 def title(process: psutil.Process) -> str:

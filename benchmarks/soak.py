@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.outside import OutsideRun, title, write
+from benchmarks.outside import OutsideRun, own_settings, title, write
 
 FOLDER = Path("runs/soak")
 MB = 1e6
@@ -21,14 +21,7 @@ MB = 1e6
 
 def main(overrides: list[str]) -> None:
     """Run it, print and keep the record."""
-    own = {"minutes": 60.0, "warmup": 5.0, "every": 10.0}
-    rest = []
-    for text in overrides:
-        name, _, value = text.partition("=")
-        if name in own:
-            own[name] = float(value)
-        else:
-            rest.append(text)
+    own, rest = own_settings(overrides, {"minutes": 60.0, "warmup": 5.0, "every": 10.0})
     settings = ["learner.updates=10000000", "eval.every=1000", "resume=never", *rest]
     run = OutsideRun("bandit_pipelined", settings, FOLDER, "soak")
     run.wait_for_step(1, 300.0)
