@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.outside import OutsideRun, own_settings, title, write
+from benchmarks.outside import OutsideRun, own_settings, part, write
 
 FOLDER = Path("runs/kills")
 PATIENCE = 240.0  # seconds for a run to come back from one kill
@@ -49,7 +49,7 @@ def kill(run: OutsideRun, kills: int, apart: int, draw: random.Random) -> Counte
         if not victims:
             continue
         victim = draw.choice(victims)
-        name = title(victim).split(".")[0].split(":reward")[0]
+        name = part(victim)
         try:
             victim.kill()
         except psutil.NoSuchProcess:

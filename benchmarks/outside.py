@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,11 @@ import psutil
 
 N = TypeVar("N", int, float)
 
-OURS = ("ray::Host", "ray::QueueService", "ray::ServeReplica")  # titles of processes that may die
+OURS = {  # Ray's title of each process that may die → what it is
+    "ray::RolloutWorker": "rollout actor", "ray::LearnerWorker": "learner",
+    "ray::Evaluator": "evaluator", "ray::QueueService": "queue",
+    "ray::ServeReplica": "reward replica",
+}  # fmt: skip
 
 
 class OutsideRun:
@@ -22,6 +27,7 @@ class OutsideRun:
     def __init__(self, preset: str, settings: Sequence[str], folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
         self.directory = folder / name
+        shutil.rmtree(self.directory, ignore_errors=True)  # of an earlier record
         folder.mkdir(parents=True, exist_ok=True)
         self.command = [
             sys.executable, "-m", "cluster", "train", preset, *settings,
@@ -53,9 +59,7 @@ class OutsideRun:
 
     def parts(self) -> list[psutil.Process]:
         """Processes of the run's parts, by Ray's titles; in the order of their ids."""
-        named = [(p, title(p)) for p in self.family()]
-        found = [p for p, name in named if name.startswith(OURS)]
-        return sorted(found, key=lambda p: p.pid)
+        return sorted((p for p in self.family() if part(p)), key=lambda p: p.pid)
 
     def step(self) -> int:
         """The last step in metrics.jsonl, 0 without one."""
@@ -75,13 +79,13 @@ class OutsideRun:
     def wait_for_step(self, step: int, seconds: float) -> bool:
         """Until the run has got so far; False where it ended before. TimeoutError after that."""
         deadline = time.monotonic() + seconds
-        while self.step() < step:
-            if self.process.poll() is not None:
-                return False
+        while self.process.poll() is None:
+            if self.step() >= step:
+                return True
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self.name} is at step {self.step()}, not {step}")
             time.sleep(0.1)
-        return True
+        return False
 
     def finish(self, seconds: float) -> dict[str, Any]:
         """Wait for its end; returns its summary."""
@@ -110,6 +114,12 @@ def title(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
+
+
+def part(process: psutil.Process) -> str:
+    """What part of a run a process is; empty where it is none."""
+    named = title(process)
+    return next((part for start, part in OURS.items() if named.startswith(start)), "")
 
 
 def write(name: str, record: dict[str, Any]) -> Path:

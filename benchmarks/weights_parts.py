@@ -45,6 +45,7 @@ class Sender(Part):
         torch.set_num_threads(config.cluster.threads)
         torch.manual_seed(config.seed)
         self.model = policy.build(policy.architecture(config), config.learner.precision)
+        self.kept: np.ndarray | None = None
 
     def parameters(self) -> int:
         """Numbers in the weights, tied ones once."""
@@ -65,9 +66,9 @@ class Sender(Part):
     def publish(self) -> dict[str, Any]:
         """Times `started`, `read` and `put`, and `weights`: a list with the reference."""
         started = time.monotonic()
-        flat = policy.flatten(self.model)
+        self.kept = policy.flatten(self.model, self.kept)
         read = time.monotonic()
-        reference = ray.put(flat)
+        reference = ray.put(self.kept)
         return {"started": started, "read": read, "put": time.monotonic(), "weights": [reference]}
 
 

@@ -22,6 +22,8 @@ class Host:
 def spawn(target: str, *arguments: Any, **options: Any) -> Any:
     """A Ray actor holding `module:Class` of these arguments; `.call.remote("method", …)`.
 
-    options: those of Ray's actors (num_cpus, num_gpus, …).
+    Ray's logs and the process's title have the class's name. options: those of Ray's actors
+    (num_cpus, num_gpus, …).
     """
-    return ray.remote(Host).options(**options).remote(target, *arguments)
+    named = type(target.split(":")[1], (Host,), {})
+    return ray.remote(named).options(**options).remote(target, *arguments)
