@@ -17,18 +17,17 @@ from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.bounds import any_of, leaves
-from configs.errors import ConfigError, one_line
+from configs.errors import ConfigError
 from configs.schema import Config, DataSource, Precision, Schedule
 from configs.validate import check
+from configs.yaml_files import read_mapping
 
 PRESETS = Path(__file__).parent
 MISMATCH = {Precision.float32: 1e-5, Precision.bfloat16: 1e-2}  # nats per token
-DEEPEST, MOST_NODES, MOST_CHARACTERS = 50, 2_000, 1_000_000  # of a preset; ours have 4, 80, 1,000
 LONGEST_TEXT = 4_096  # characters of a setting, as of a path; so that a preset can hold them all
 _REFUSALS = (OmegaConfBaseException, ValueError, TypeError, OverflowError, RecursionError)
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # what no UTF-8 file takes: undecodable arguments
@@ -153,52 +152,13 @@ def _preset_leaves(path: Path, above: tuple[Path, ...]) -> Iterator[tuple[str, o
         chain = " → ".join(p.stem for p in (*above[above.index(path) :], path))
         raise ConfigError("base", path.stem, f"presets are based on each other: {chain}",
                           "remove one `base:`")  # fmt: skip
-    tree = _read_yaml(path)
+    tree = read_mapping(path, "preset")
     base = tree.pop("base", None)
     if base is not None:
         if not isinstance(base, str):
             raise ConfigError("base", base, f"not a preset's name, in {path.name}", "name one")
         yield from _preset_leaves(_find(base, path.parent), (*above, path))
     yield from _flatten(tree, "")
-
-
-def _read_yaml(path: Path) -> dict[str, object]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        _refuse_bombs(text)
-        parsed = OmegaConf.to_container(OmegaConf.create(text))
-    except Exception as error:  # YAML's tags raise whatever they like: `!!timestamp x`
-        problem = f"cannot be read: {one_line(str(error))}"
-        raise ConfigError("preset", path, problem, "correct the file") from error
-    if not isinstance(parsed, dict):
-        raise ConfigError("preset", path, "is not a mapping of settings", "write `section:` lines")
-    return {str(key): value for key, value in parsed.items()}
-
-
-def _refuse_bombs(text: str) -> None:
-    """ValueError for YAML that is too deep, or too much with its aliases written out.
-
-    Deep brackets overflow the C stack of PyYAML's composer, and aliases of aliases grow without
-    limit in OmegaConf; so both are counted in the parser's events before either sees them.
-    """
-    if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"it has more than {MOST_CHARACTERS:,} characters")
-    sizes: dict[str, int] = {}  # of anchors, in nodes
-    inside: list[tuple[str | None, int]] = [(None, 0)]  # anchor and nodes of what is being read
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.CollectionStartEvent):
-            inside.append((event.anchor, 1))
-            size = 0
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = inside.pop()
-            sizes |= {anchor: size} if anchor else {}
-        elif isinstance(event, yaml.NodeEvent):
-            size = sizes.get(event.anchor or "", 1) if isinstance(event, yaml.AliasEvent) else 1
-        else:
-            continue
-        inside[-1] = (inside[-1][0], inside[-1][1] + size)
-        if len(inside) > DEEPEST or inside[-1][1] > MOST_NODES:
-            raise ValueError(f"it is over {DEEPEST} levels deep or {MOST_NODES:,} values large")
 
 
 def _flatten(tree: dict[str, object], prefix: str) -> Iterator[tuple[str, object]]:
