@@ -8,7 +8,7 @@ import ray
 
 from actors.actor import RewardClient
 from actors.rollout import Version
-from cluster.remote import spawn
+from cluster.crew import Crew
 from cluster.restarts import Restarts, reason
 from configs.schema import Config
 
@@ -26,8 +26,8 @@ class _Asked:
 class Evaluations:
     """Evaluations asked for and not yet taken, in the order of their steps."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, crew: Crew) -> None:
+        self.config, self.crew = config, crew
         limits = config.limits
         self.restarts = Restarts(
             "the evaluator", "limits.evaluator_restarts", limits.evaluator_restarts,
@@ -39,7 +39,7 @@ class Evaluations:
 
     def _spawn(self) -> Any:
         gpus = self.config.cluster.evaluator_gpus
-        return spawn("cluster.evaluate:Evaluator", self.config, num_cpus=0, num_gpus=gpus)
+        return self.crew.spawn("cluster.evaluate:Evaluator", self.config, num_cpus=0, num_gpus=gpus)
 
     def start(self, rewards: RewardClient, reference: Any) -> None:
         """Give it the reward service and π_ref's weights. Evaluations queue up behind that."""

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 
 from actors.actor import RewardClient
-from cluster.remote import spawn
+from cluster.crew import Crew
 from cluster.restarts import Restarts, reason
 from configs.schema import Config
 from configs.schema_vllm import Transfer
@@ -30,8 +30,8 @@ class FleetError(RuntimeError):
 class Fleet:
     """Starts `rollout.actors` actors and keeps that many alive."""
 
-    def __init__(self, config: Config, offline_path: str, fault_folder: str) -> None:
-        self.config = config
+    def __init__(self, config: Config, crew: Crew, offline_path: str, fault_folder: str) -> None:
+        self.config, self.crew = config, crew
         self.offline_path, self.fault_folder = offline_path, fault_folder
         limits = config.limits
         self.restarts = Restarts(
@@ -45,7 +45,7 @@ class Fleet:
 
     def _start(self, index: int) -> Any:
         resources = self.config.cluster
-        return spawn(
+        return self.crew.spawn(
             "cluster.rollout_worker:RolloutWorker", self.config, index, self.offline_path,
             self.fault_folder, num_cpus=resources.actor_cpus, num_gpus=resources.actor_gpus,
             max_concurrency=CALLS_AT_ONCE if pushes(self.config) else 1,

@@ -38,6 +38,11 @@ METRICS = (
     Metric("kl_to_reference", "nats/token", "KL(π_θ‖π_ref) at π_gen's prefixes"),
     Metric("ess", "fraction", "(Σρ)²/(n·Σρ²) of sequence ratios ρ = π_θ/π_gen"),
     Metric("clip_fraction", "fraction", "ratios outside [1−ε, 1+ε]; PPO only"),
+    Metric("masked_fraction", "fraction", "sequences beyond objective.mask_ratio; where it is set"),
+    Metric(
+        "implicit_reward_preferred", "nats", "log π_θ/π_ref of pairs' winners; pairwise objectives"
+    ),
+    Metric("implicit_reward_dispreferred", "nats", "the same of their losers"),
     Metric("loss", "", "mean of the objective's terms"),
     Metric("reward_mean", "", "mean reward of the minibatch's valid rollouts (training samples)"),
     Metric("reward_eval", "", "mean reward of fresh rollouts of the weights after this step"),
@@ -49,6 +54,7 @@ METRICS = (
     Metric("weight_sync_seconds", "s", "reading out and publishing new weights"),
     Metric("checkpoint_stall_seconds", "s", "what a checkpoint took from the step that it ended"),
     Metric("actor_restarts_total", "restarts", "of rollout actors, so far"),
+    Metric("step_seconds", "s", "the step's whole time: waiting, training, publishing"),
     Metric("tokens_per_second", "tokens/s", "response tokens consumed over the step's whole time"),
     Metric(
         "learner_idle_fraction", "fraction", "share of the step's time spent waiting for a batch"
@@ -79,6 +85,7 @@ def merge(ranks: Sequence[StepRecord]) -> dict[str, Any]:
         **first.queue,
         "weight_sync_seconds": seconds["publish"],
         "checkpoint_stall_seconds": seconds.get("checkpoint") or None,
+        "step_seconds": seconds["all"],
         "tokens_per_second": index["tokens"] / seconds["all"],
         "learner_idle_fraction": seconds["wait"] / seconds["all"],
         "cells": cells.table(merged),

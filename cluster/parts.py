@@ -6,13 +6,13 @@ from typing import Any
 
 import ray
 
+from cluster.crew import Crew
 from cluster.evaluations import Evaluations
 from cluster.fleet import CALLS_AT_ONCE, Fleet, pushes
-from cluster.remote import spawn
 from cluster.run_directory import RunDirectory
 from configs.schema import Config, DataSource, EngineKind
 from learner.replay import service as queue_service
-from reward_server.service import RewardService, deploy
+from reward_server.service import RewardService
 
 EXIT_SECONDS = 10.0
 EXPORT_SECONDS = 120.0
@@ -28,13 +28,15 @@ class QueueSilent(RuntimeError):
 class Parts:
     """Learner ranks, replay queue, rollout actors, evaluator and reward service of one run.
 
-    say: takes a line for people. own_cluster: the Ray cluster ends with the run.
+    say: takes a line for people. crew: has the processes. own_cluster: the Ray cluster ends with
+    the run.
     """
 
     def __init__(
-        self, config: Config, directory: RunDirectory, say: Callable[[str], None], own_cluster: bool
-    ) -> None:
-        self.config, self.directory, self.say = config, directory, say
+        self, config: Config, directory: RunDirectory, say: Callable[[str], None],
+        crew: Crew, own_cluster: bool,
+    ) -> None:  # fmt: skip
+        self.config, self.directory, self.say, self.crew = config, directory, say, crew
         self.own_cluster = own_cluster
         self.faults = str(directory.faults.resolve())
         self.learners: list[Any] = []
@@ -48,7 +50,7 @@ class Parts:
 
         Nothing is generated until `serve`.
         """
-        config, limits = self.config, self.config.limits
+        config = self.config
         offline = config.data.source is DataSource.offline
         offline_path = (config.data.path or str(self.directory.offline_data)) if offline else ""
         self.say("starting learner, rollout actors, evaluator and reward service")
@@ -56,12 +58,9 @@ class Parts:
         self.queue = queue_service.start(config, journal, self.directory.faults)
         restored = self.roll_back(checkpoint, actors_died=True) if checkpoint else None
         ranks = self.start_learners(restored)
-        self.fleet = Fleet(config, offline_path, self.faults)
-        self._evaluations = Evaluations(config)
-        self.rewards = deploy(
-            config.reward, f"reward-{self.directory.name}", limits.startup_seconds,
-            limits.wait_seconds, config.cluster.threads,
-        )  # fmt: skip
+        self.fleet = Fleet(config, self.crew, offline_path, self.faults)
+        self._evaluations = Evaluations(config, self.crew)
+        self.rewards = self.crew.rewards(config, self.directory.name)
         if self.rewards.notice:
             self.say(self.rewards.notice)
         reference, self.current = self.begun(ranks)
@@ -94,7 +93,7 @@ class Parts:
             ray.kill(worker)
         config, resources = self.config, self.config.cluster
         self.learners = [
-            spawn(
+            self.crew.spawn(
                 "learner.worker:LearnerWorker", config, rank, self.faults,
                 num_cpus=resources.learner_cpus, num_gpus=resources.learner_gpus,
                 max_concurrency=CALLS_AT_ONCE if pushes(config) else 1,
@@ -189,15 +188,15 @@ class Parts:
 
     def end(self) -> None:
         """End every process of the run."""
-        if self.rewards is not None:
+        if self.rewards is not None and not self.crew.keep:
             self.rewards.shutdown(cluster_too=self.own_cluster)
         if self.own_cluster:
             return
         workers = [*self.learners, *(self.fleet.workers.values() if self.fleet else ())]
         evaluator = self._evaluations.evaluator if self._evaluations else None
-        for actor in [*workers, self.queue, evaluator]:
-            if actor is not None:
-                ray.kill(actor)
+        self.crew.dismiss([*workers, *([evaluator] if evaluator else [])])
+        if self.queue is not None:
+            ray.kill(self.queue)
 
     def _answer(self, call: Any, seconds: float, what: str) -> Any:
         """An answer from a part that may be gone; None then, and a line that says so."""

@@ -1,5 +1,6 @@
 """Ray actors whose code is imported where they run, so that the driver starts without torch."""
 
+import gc
 from importlib import import_module
 from typing import Any
 
@@ -11,12 +12,31 @@ class Host:
 
     def __init__(self, target: str, *arguments: Any) -> None:
         module, name = target.split(":")
-        self.target = getattr(import_module(module), name)(*arguments)
+        self.kind = getattr(import_module(module), name)
+        self.target = self.kind(*arguments)
+        self.failure: Exception | None = None
 
     def call(self, method: str, *arguments: Any) -> Any:
         """What the object's method returns; object references among the arguments arrive as
         values, in lists as references."""
+        if self.failure:
+            raise self.failure
         return getattr(self.target, method)(*arguments)
+
+    def rest(self) -> None:
+        """Let go of the object, by its `leave` if it has one."""
+        if leave := getattr(self.target, "leave", None):
+            leave()
+        self.target = None
+        gc.collect()
+
+    def build(self, *arguments: Any) -> None:
+        """An object anew, in a process that rests. Where that fails, `call` says why."""
+        self.failure = None
+        try:
+            self.target = self.kind(*arguments)
+        except Exception as error:
+            self.failure = error
 
 
 def spawn(target: str, *arguments: Any, **options: Any) -> Any:

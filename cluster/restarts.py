@@ -1,6 +1,9 @@
 """How often a part may be restarted, and how long to wait before it."""
 
+import time
+
 LONGEST_PAUSE = 30.0  # seconds
+LASTED = 10.0  # times the last pause, after which a part is taken to have worked
 
 
 class RestartsUsedUp(RuntimeError):
@@ -8,12 +11,14 @@ class RestartsUsedUp(RuntimeError):
 
 
 class Restarts:
-    """Counts a part's restarts; the pause before one doubles from `first_pause` on."""
+    """Counts a part's restarts. The pause before one doubles from `first_pause` on, as long as the
+    part does not last: it is short again once the part worked for LASTED times the pause."""
 
     def __init__(self, part: str, setting: str, limit: int, first_pause: float) -> None:
         self.part, self.setting, self.limit = part, setting, limit
         self.first_pause = first_pause
         self.number = 0
+        self._pause, self._again = first_pause / 2.0, 0.0  # the last one, and when it was over
 
     def count(self, why: str) -> float:
         """One more; returns the seconds to wait first. RestartsUsedUp when that is too many."""
@@ -22,13 +27,18 @@ class Restarts:
             raise RestartsUsedUp(
                 f"{self.part} failed, and {self.setting}={self.limit} restarts are used up: {why}"
             )
-        return min(LONGEST_PAUSE, self.first_pause * 2.0 ** (self.number - 1))
+        lasted = time.monotonic() - self._again
+        longer = self._pause if lasted < LASTED * self._pause else self.first_pause / 2.0
+        self._pause = min(LONGEST_PAUSE, 2.0 * longer)
+        self._again = time.monotonic() + self._pause
+        return self._pause
 
 
 def reason(error: BaseException) -> str:
     """An error in one line, Ray's wrapping taken off."""
     cause = root(error)
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    text = str(cause).split("Some common causes")[0]  # Ray's guesses, in half a page
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[-1] if lines else ''}"[:500]
 
 

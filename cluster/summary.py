@@ -134,6 +134,7 @@ def summarise(
         "kl_to_reference": last.get("kl_to_reference"),
         "ess": whole.get("ess"),
         "clip_fraction": whole.get("clip_fraction"),
+        "masked_fraction": whole.get("masked_fraction"),
         "age": queue.get("age"),
         "reuse": queue.get("reuse"),
         "ledger": ledger,

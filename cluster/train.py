@@ -20,6 +20,7 @@ from actors.rollout import Version
 from cluster import connection, inputs, run_directory, summary
 from cluster.books import Books
 from cluster.checkpoints import Checkpoints, driver_state
+from cluster.crew import Crew
 from cluster.parts import Parts
 from cluster.progress import Progress
 from cluster.restarts import Restarts, reason
@@ -35,9 +36,10 @@ FIRST_CHUNK = 4
 POLL_SECONDS = 0.5
 
 
-def train(config: Config, preset: str) -> dict[str, Any]:
+def train(config: Config, preset: str, crew: Crew | None = None) -> dict[str, Any]:
     """Run a checked and resolved configuration to its end; returns what summary.json holds.
 
+    crew: of processes that runs one after another share; such a run draws no report.
     Raises ValueError before anything starts where an input cannot be used. A failure later on ends
     the run with status "failed", its reason in the summary.
     """
@@ -47,7 +49,7 @@ def train(config: Config, preset: str) -> dict[str, Any]:
     with Progress(directory.name, config.learner.updates, describe(config)) as progress:
         progress.message("starting Ray")
         with connection.connected(config.cluster) as own:
-            run = Run(config, preset, directory, progress, started, own)
+            run = Run(config, preset, directory, progress, started, crew or Crew(), own)
             return run.complete()
 
 
@@ -75,12 +77,12 @@ class Run:
 
     def __init__(
         self, config: Config, preset: str, directory: RunDirectory, progress: Progress,
-        started: float, own_cluster: bool,
+        started: float, crew: Crew, own_cluster: bool,
     ) -> None:  # fmt: skip
         faults.install(config.cluster.faults, str(directory.faults.resolve()))
         self.config, self.preset, self.directory = config, preset, directory
         self.progress, self.started, self.say = progress, started, progress.message
-        self.parts = Parts(config, directory, self.say, own_cluster)
+        self.parts = Parts(config, directory, self.say, crew, own_cluster)
         self.books = Books(config, directory, progress)
         self.checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep)
         self.saver = Saver(config, self.checkpoints, self.parts, self.say, self._complete_state)
@@ -254,7 +256,8 @@ class Run:
         )  # fmt: skip
         self.directory.write_summary(out)
         self.parts.end()
-        self._report()
+        if not self.parts.crew.keep:
+            self._report()
         self.progress.close()
         return out
 

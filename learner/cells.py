@@ -57,6 +57,9 @@ def finish(sums: Sums) -> dict[str, float]:
     out = {name: _ratio(sums, name, "tokens") for name in PER_TOKEN}
     out |= {name: _ratio(sums, name, "rollouts") for name in PER_ROLLOUT}
     out["clip_fraction"] = _ratio(sums, "clipped", "clippable")
+    out["masked_fraction"] = _ratio(sums, "masked", "rollouts")
+    out["implicit_reward_preferred"] = _ratio(sums, "won_log_ratio", "won")
+    out["implicit_reward_dispreferred"] = _ratio(sums, "lost_log_ratio", "lost")
     if sums.get("rollouts") and sums.get("ratio_squared"):
         out["ess"] = (sums["ratio"] / math.sqrt(sums["ratio_squared"])) ** 2 / sums["rollouts"]
     return {name: value for name, value in out.items() if value is not None and np.isfinite(value)}

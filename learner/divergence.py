@@ -14,6 +14,8 @@ float32 overflows from 89 nats on. Every estimator with a factor ρ supposes tha
 where π_gen has none (same temperature and support, law 4). Not for gradients.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -109,6 +111,16 @@ def clipped(log_ratio: Tensor, mask: Tensor, epsilon: float) -> Tensor:
     whatever the sign of the advantage, so that it is defined for every objective.
     """
     return (((log_ratio.exp() - 1).abs() > epsilon) & mask).double()
+
+
+def within(
+    logp_NL: Tensor, generator_logp_NL: Tensor, mask_NL: Tensor, ratio: float
+) -> Tensor:  # fmt: skip
+    """Sequences whose ratio π_θ/π_gen, as the geometric mean over tokens, is between 1/ratio and
+    ratio; bool [N]."""
+    length_N = mask_NL.sum(-1).clamp(min=1)
+    mean_N = _log_ratio(logp_NL, generator_logp_NL, mask_NL).detach().sum(-1) / length_N
+    return mean_N.abs() <= math.log(ratio)
 
 
 def _log_ratio(logp_NL: Tensor, logq_NL: Tensor, mask_NL: Tensor) -> Tensor:

@@ -32,6 +32,14 @@ def join(rank: int, ranks: int, master: tuple[str, int], threads: int) -> None:
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
+def leave() -> None:
+    """Be no rank any more."""
+    import deepspeed
+
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+
+
 def learning_rate(config: LearnerConfig, step: int) -> float:
     """The rate of the step that follows `step` steps: linear warm-up, then the schedule to 0."""
     if step < config.warmup:

@@ -179,7 +179,7 @@ class Learner:
         inputs.logp_NL = logp_NL.detach()
         table = measures.measure(
             inputs, gradient_NL / self.config.learner.ranks, age_N, reuse_N,
-            (detached_NLV, generator_NLV, reference_NLV), self._clip(),
+            (detached_NLV, generator_NLV, reference_NLV), self.config.objective,
         )  # fmt: skip
         return float(value.detach()), table, derived
 
@@ -201,10 +201,6 @@ class Learner:
         if reference_NLV is None:
             return token_logps(conditionals(self.reference, part), part), None
         return token_logps(reference_NLV, part), reference_NLV
-
-    def _clip(self) -> tuple[str, float] | None:
-        objective = self.config.objective
-        return (objective.ratio.value, objective.epsilon) if objective.name == "ppo" else None
 
     def _samples(self, batch: Batch) -> list[dict[str, Any]]:
         if batch.block is None:

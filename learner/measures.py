@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from configs.objectives import TABLE
+from configs.schema import ObjectiveConfig
 from learner import divergence
 from learner.cells import Cells
-from learner.objectives.base import LossInputs
+from learner.objectives.base import LossInputs, pair_masks
 
 
 @torch.no_grad()
@@ -20,13 +22,13 @@ def measure(
     age_N: np.ndarray,
     reuse_N: np.ndarray,
     conditionals: tuple[Tensor, Tensor | None, Tensor | None],
-    clip: tuple[str, float] | None,
+    objective: ObjectiveConfig,
 ) -> Cells:
     """Sums over one micro-batch by (age, reuse).
 
     gradient_NL: ∂loss/∂log π_θ(token). conditionals: log-distributions [N, L, V] of π_θ, and of
     π_gen and π_ref where known; with them KL is exact at each prefix, else estimated from the
-    sampled tokens. clip: PPO's (ratio, ε); without it there is no clip fraction.
+    sampled tokens. objective: whose clipping, masking and pairs are counted, if it has any.
     """
     valid_N, mask_NL = inputs.valid_N, inputs.mask_NL
     columns: dict[str, Tensor] = {
@@ -40,7 +42,10 @@ def measure(
         log_ratio_NL = torch.where(mask_NL, inputs.logp_NL - inputs.generator_logp_NL, 0.0)
         sampled_NL = divergence.kl_from_generator(inputs.logp_NL, inputs.generator_logp_NL, mask_NL)
         columns["sampled_kl_from_generator"] = sampled_NL.sum(-1)
-        columns.update(_of_ratio(inputs, log_ratio_NL, tokens, clip))
+        columns.update(_of_ratio(inputs, log_ratio_NL, tokens))
+        columns.update(_of_objective(inputs, objective))
+    if TABLE[objective.name].per == "pair":
+        columns.update(_of_pairs(inputs))
     return _by_cell(columns, age_N, reuse_N, valid_N.cpu().numpy())
 
 
@@ -65,23 +70,45 @@ def _per_token(
 
 
 def _of_ratio(
-    inputs: LossInputs,
-    log_ratio_NL: Tensor,
-    tokens: dict[str, Tensor],
-    clip: tuple[str, float] | None,
+    inputs: LossInputs, log_ratio_NL: Tensor, tokens: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Sequence divergences, the sums that ESS is made of, and clipped ratios, all [N]."""
+    """Sequence divergences, and the sums that ESS is made of, all [N]."""
     assert inputs.generator_logp_NL is not None
     weight_NL = divergence.prefix_weights(inputs.logp_NL, inputs.generator_logp_NL, inputs.mask_NL)
     ratio_N = log_ratio_NL.double().sum(-1).exp() * inputs.valid_N
     to_NL, from_NL = tokens["kl_to_generator"], tokens["kl_from_generator"]
-    out = {
+    return {
         "ratio": ratio_N,
         "ratio_squared": ratio_N**2,
         "kl_to_generator_sequence": divergence.sequence_kl_to(to_NL, weight_NL),
         "kl_from_generator_sequence": divergence.sequence_kl_from_generator(from_NL),
     }
-    return out if clip is None else out | _of_clip(inputs, *clip)
+
+
+def _of_objective(inputs: LossInputs, objective: ObjectiveConfig) -> dict[str, Tensor]:
+    """Ratios that PPO clips, sequences that `mask_ratio` masks, and how many there are, [N]."""
+    out = {}
+    if objective.name == "ppo":
+        out = _of_clip(inputs, objective.ratio.value, objective.epsilon)
+    if objective.mask_ratio is not None:
+        assert inputs.generator_logp_NL is not None
+        within_N = divergence.within(
+            inputs.logp_NL, inputs.generator_logp_NL, inputs.mask_NL, objective.mask_ratio
+        )
+        out["masked"] = (inputs.valid_N & ~within_N).double()
+    return out
+
+
+def _of_pairs(inputs: LossInputs) -> dict[str, Tensor]:
+    """log π_θ/π_ref of each rollout as the winner and as the loser of its pairs, and how many
+    pairs those are, [N]: the implicit reward over β (Rafailov et al., arXiv 2305.18290)."""
+    pair_GCC = pair_masks(inputs.column("score_N"), inputs.valid_N, inputs.members).double()
+    margin_N = inputs.log_ratio_NL("reference_logp_NL").double().sum(-1)
+    won_N, lost_N = pair_GCC.sum(2).flatten(), pair_GCC.sum(1).flatten()
+    return {
+        "won": won_N, "won_log_ratio": won_N * margin_N,
+        "lost": lost_N, "lost_log_ratio": lost_N * margin_N,
+    }  # fmt: skip
 
 
 def _of_clip(inputs: LossInputs, ratio: str, epsilon: float) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from configs import faults
 from configs.schema import Config
 from learner import checkpoint
 from learner.cells import StepRecord
-from learner.engine import join
+from learner.engine import join, leave
 from learner.learner import Learner
 from learner.publisher import publisher
 from learner.replay.clients import LearnerQueue
@@ -125,6 +125,10 @@ class LearnerWorker:
         lagged = [(v, ray.get(w[0])) for v, w in self.published if v.step < newest]
         checkpoint.save(self.learner, self.learner.engine.writer, folder, lagged)
         return time.perf_counter() - started
+
+    def leave(self) -> None:
+        """Leave the ranks, so that this process can join others."""
+        leave()
 
     def written(self) -> bool:
         """Whether this rank's part is written; OSError where the disk refused it."""

@@ -95,7 +95,7 @@ def deploy(
     _remove(name)  # left over from a driver that was killed
     digest, token_file = token(config) if config.port else (b"", "")
     try:
-        _start_serve(config.port)
+        start_serve(config.port)
         app = _app(config, name, digest, stall_s, threads)
         route = "/" if config.port else None
         targets = [serve.RunTarget(app, name, route, _LOGGING)]
@@ -123,7 +123,7 @@ def _app(
     return endpoint.bind(scorer, name, digest, config.max_request_bytes)
 
 
-def _start_serve(port: int) -> None:
+def start_serve(port: int) -> None:
     """Start Serve unless this cluster has it: without HTTP, or with it on loopback's `port`."""
     if not port:
         serve.start(proxy_location="Disabled", logging_config=_LOGGING)

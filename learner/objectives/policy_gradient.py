@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import Advantage, Importance, ObjectiveConfig, Proximal, Ratio
+from learner.divergence import within
 from learner.objectives.base import LossInputs, masked
 
 
@@ -106,9 +107,8 @@ def _within_mask_ratio(x: LossInputs, s: ObjectiveConfig) -> LossInputs:
     """The same with sequences beyond `objective.mask_ratio` masked as failed members are."""
     if s.mask_ratio is None:
         return x
-    length_N = x.mask_NL.sum(-1).clamp(min=1)
-    mean_N = x.log_ratio_NL("generator_logp_NL").detach().sum(-1) / length_N
-    kept_N = x.valid_N & (mean_N.abs() <= math.log(s.mask_ratio))
+    generator_NL = x.column("generator_logp_NL")
+    kept_N = x.valid_N & within(x.logp_NL, generator_NL, x.mask_NL, s.mask_ratio)
     return replace(x, valid_N=kept_N, mask_NL=x.mask_NL & kept_N.unsqueeze(-1))
 
 

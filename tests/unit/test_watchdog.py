@@ -81,6 +81,15 @@ def test_pauses_double_up_to_a_limit_and_so_does_patience_end():
         restarts.count("disk")
 
 
+def test_a_part_that_worked_for_a_while_is_restarted_without_the_long_pause(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("cluster.restarts.time.monotonic", lambda: now)
+    restarts = Restarts("the queue", "limits.queue_restarts", 8, 1.0)
+    assert [restarts.count("x") for _ in range(3)] == [1, 2, 4]
+    now = 4.0 + 40.0  # it began after the pause of 4 s and lasted for ten times that
+    assert [restarts.count("x") for _ in range(2)] == [1, 2]
+
+
 def test_too_many_failures_are_fatal_also_from_another_process():
     error = TooManyFailures("30 of 40 failed")
     carried = SimpleNamespace(cause=error)
