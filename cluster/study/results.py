@@ -1,0 +1,75 @@
+"""A study's trials as one table: a row per evaluation."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cluster.study.trials import Outcome
+
+MEANS = (  # of the updates since the evaluation before
+    "reward_mean", "kl_to_generator", "kl_from_generator", "kl_to_reference", "ess", "loss",
+    "clip_fraction", "implicit_reward_preferred", "implicit_reward_dispreferred",
+)  # fmt: skip
+EVALUATED = ("reward_eval", "eval_kl_to_reference")
+
+
+def frame(outcomes: Sequence[Outcome]) -> pd.DataFrame:
+    """Columns: each axis, `seed`, `rate`, `trial`, `status`, `failure`, `step` (0 is before
+    training), the metrics of EVALUATED, those of MEANS, and `age`, `age_first` (of rollouts at
+    their first use), `reuse`, `seconds` (of training so far, waiting included) and `queries` (of
+    the reward so far). A failed trial is one row without metrics."""
+    rows: list[dict[str, Any]] = []
+    for outcome in outcomes:
+        trial = outcome.trial
+        common = {**trial.cell, "seed": trial.seed, "rate": outcome.rate,
+                  "trial": outcome.folder.name, "failure": outcome.failure}  # fmt: skip
+        if outcome.failure:
+            rows.append({**common, "status": "failed"})
+            continue
+        initial = {"step": 0, "reward_eval": outcome.summary["reward_initial"]}
+        rows.append({**common, "status": "finished", **initial, "seconds": 0.0, "queries": 0})
+        for row in evaluations(outcome.folder / "metrics.jsonl"):
+            rows.append({**common, "status": "finished", **row})
+    wanted = ["step", *EVALUATED, *MEANS, "age", "age_first", "reuse", "seconds", "queries"]
+    table = pd.DataFrame(rows)
+    return table.reindex(columns=[*dict.fromkeys([*table.columns, *wanted])])
+
+
+def evaluations(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of one run."""
+    window: list[dict[str, Any]] = []
+    seconds = queries = 0.0
+    for text in path.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        window.append(line)
+        seconds += line.get("step_seconds", 0.0)
+        queries += _first(line)[1]
+        if "reward_eval" not in line:
+            continue
+        row = {name: line[name] for name in EVALUATED if name in line}
+        row |= {name: _mean([w.get(name) for w in window]) for name in MEANS}
+        row |= {name: _mean([(w.get(name) or {}).get("mean") for w in window])
+                for name in ("age", "reuse")}  # fmt: skip
+        ages, counts = zip(*[_first(w) for w in window])
+        total = sum(counts)
+        row["age_first"] = sum(a * n for a, n in zip(ages, counts)) / total if total else np.nan
+        yield {"step": line["step"], **row, "seconds": seconds, "queries": int(queries)}
+        window = []
+
+
+def _first(line: dict[str, Any]) -> tuple[float, int]:
+    """Mean age of the rollouts that a step used for the first time, and how many they are."""
+    cells = [c for c in line.get("cells", []) if c["reuse"] == 1]
+    count = sum(c["rollouts"] for c in cells)
+    if not count:
+        return 0.0, 0
+    return sum((c["age"] or 0) * c["rollouts"] for c in cells) / count, count
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [v for v in values if v is not None]
+    return float(np.mean(known)) if known else float("nan")
