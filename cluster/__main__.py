@@ -30,6 +30,18 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _study(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from cluster.study.study import study
+
+    print(study(
+        arguments.name, Path(arguments.out) / "studies", arguments.quick, arguments.seeds,
+        arguments.resume, arguments.parallel,
+    ))  # fmt: skip
+    return 0
+
+
 def _bench(arguments: argparse.Namespace) -> int:
     from importlib import import_module
 
@@ -58,6 +70,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
     sub = command("report", _report, "write report.html of a run")
     sub.add_argument("run", metavar="RUN_DIR")
+    sub = command("study", _study, "a figure of the paper, its claims decided")
+    sub.add_argument("name", metavar="NAME", help="a name in configs/studies/, theory, or a file")
+    sub.add_argument("--quick", action="store_true", help="minutes: fewer seeds, cells and updates")
+    sub.add_argument("--seeds", type=int, default=0, metavar="N", help="runs of each cell")
+    sub.add_argument("--resume", action="store_true", help="keep the trials that are finished")
+    sub.add_argument("--parallel", type=int, default=0, metavar="N", help="trials at a time")
+    sub.add_argument("--out", default="runs", metavar="DIR", help="results go to DIR/studies/NAME")
     sub = command("bench", _bench, "measure ours beside a named baseline, in one run")
     sub.add_argument("name", choices=["kills", "methods", "overhead", "soak", "weights"])
     sub.add_argument("settings", nargs="*", metavar="key=value")

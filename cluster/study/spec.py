@@ -188,6 +188,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         if kind is str and isinstance(value, dict | list):
             raise ValueError
         return kind(value)
+    except ConfigError:
+        raise
     except (ValueError, TypeError, AttributeError):
         named = getattr(kind, "__name__", str(kind)) if origin is None else origin.__name__
         raise ConfigError(where, value, f"is no {named}", "see cluster/study/spec.py") from None
@@ -195,7 +197,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
 
 KINDS = ("curves", "heat", "bars")
 TESTS = ("greater", "similar", "rising", "falling")
-TAKES = ("final", "mean", "best", "steps_to")
+TAKES = ("final", "mean", "best", "steps_to", "seconds_to", "queries_to")
 
 
 def _check(study: Study) -> None:

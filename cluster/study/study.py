@@ -3,17 +3,17 @@
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import ray
 
 from cluster import connection
 from cluster.run_directory import describe_environment
-from cluster.study import claims, figures, results, spec, theory
+from cluster.study import claims, figures, page, results, spec, theory
 from cluster.study.search import combination, search
-from cluster.study.trials import Outcome, Trial, Trials
+from cluster.study.trials import Trial, Trials
 from configs.errors import ConfigError
 from configs.schema import ClusterConfig
 from reward_server.service import start_serve
@@ -31,13 +31,12 @@ def study(
     number, and as many trials as there are cores. resume: keep the trials that are finished.
     ConfigError before the first trial for a study that cannot be run.
     """
-    target = folder / (f"{name}-quick" if quick else Path(name).stem)
+    target = folder / Path(name).stem
     if target.exists() and any(target.iterdir()) and not resume:
         raise ConfigError("study", name, f"there are results in {target}",
                           "go on with --resume, or remove them")  # fmt: skip
     if name == "theory":
-        target.mkdir(parents=True, exist_ok=True)
-        theory.run(target, draws=12_000 if quick else 120_000)
+        _tell(theory.run(target, theory.QUICK if quick else theory.DRAWS))
         return target
     what = spec.load(name, quick, seeds)
     target.mkdir(parents=True, exist_ok=True)
@@ -74,7 +73,11 @@ def write(what: spec.Study, table: pd.DataFrame, target: Path) -> None:
     table.to_parquet(target / "results.parquet")
     figures.draw(what, table, target / "figure.png")
     decided = claims.decide(what, table)
-    claims.write(decided, target)
+    page.write(decided, target, what, table, " ".join(["python -m cluster", *sys.argv[1:]]))
+    _tell(decided)
+
+
+def _tell(decided: list[dict[str, Any]]) -> None:
     for claim in decided:
         _say(f"{claim['verdict']}: {claim['name']} ({claim['evidence']})")
 

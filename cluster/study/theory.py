@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from cluster.study import theory_plot
 
 Array = NDArray[np.float64]
-QUICK = 12_000  # draws of a quick study
+DRAWS, QUICK = 120_000, 12_000  # draws of the study, and of a quick one
 CATEGORIES = (3, 100)  # K, uniform, both ends included
 CONCENTRATION = (0.3, 30.0)  # Dirichlet parameter, log-uniform, drawn for p and q apart
 ETA = (1e-4, 1e1)  # learning rate, log-uniform
@@ -272,7 +272,7 @@ def _verdict(exceptions: int, n: int) -> str:
     return "does not hold" if exceptions else "holds" if n else "undecided"
 
 
-def run(folder: Path, draws: int = 120_000, seed: int = 0) -> list[dict[str, Any]]:
+def run(folder: Path, draws: int = DRAWS, seed: int = 0) -> list[dict[str, Any]]:
     """Write results.parquet, mass.parquet, figure.png and claims.json to `folder`; the claims.
 
     draws: of all three cases together. mass.parquet has a row per divergence, step and category.

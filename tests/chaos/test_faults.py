@@ -24,7 +24,7 @@ CASES = [
     (kind, point) for kind in faults.KINDS for point in faults.POINTS
     if not (kind == "kill" and point.startswith("driver"))
 ]  # fmt: skip
-LONG = {"kill": pytest.mark.long, "hang": pytest.mark.long}  # recorded in docs/reliability.md
+LONG = {"hang": pytest.mark.long}  # recorded in docs/reliability.md
 
 
 @dataclass

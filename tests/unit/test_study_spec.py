@@ -1,0 +1,110 @@
+"""Studies as files: what a file may say, and that ours can be run."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.study.search import combination
+from cluster.study.search import search as find_rates
+from cluster.study.spec import STUDIES, load
+from cluster.study.trials import Outcome, Trial
+from configs.errors import ConfigError
+
+SMALL = """
+title: Small
+preset: bandit
+axes: {T: {"1": [replay.inner_epochs=1], "2": [replay.inner_epochs=2]}, reward: {R1: []}}
+"""
+
+
+def study(tmp_path: Path, text: str):
+    path = tmp_path / "small.yaml"
+    path.write_text(text)
+    return load(str(path))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in STUDIES.glob("*.yaml")))
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_study_of_ours_has_cells_that_can_run(name, quick):
+    found = load(name, quick)
+    assert found.cells and found.claims and found.figures and found.source
+    assert found.search if not quick else found.seeds <= 2
+
+
+def test_cells_are_the_product_of_the_axes_less_what_is_left_out(tmp_path):
+    found = study(tmp_path, SMALL + 'skip: [{T: "2"}]\n')
+    assert found.cells == [{"T": "1", "reward": "R1"}]
+    assert found.settings_of(found.cells[0]) == ["replay.inner_epochs=1"]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("settings: [replay.samples_per_round=105]", "cell T 1, reward R1"),
+        ("settings: [learner.updates=0]", "cell T 1, reward R1"),
+        ("seeds: 0", "seeds=0"),
+        ("seeds: many", "is no int"),
+        ("figures: [{kind: pie, y: ess, lines: T}]", "figures.kind=pie"),
+        ("figures: [{kind: curves, y: ess, lines: U}]", "figures.lines=U"),
+        ("figures: [{kind: curves, lines: T}]", "'y'"),
+        ("claims: [{name: a, section: b, says: c, test: odd}]", "claims.test=odd"),
+        ("claims: [{name: a, section: b, says: c, test: greater, more: {T: '3'}}]", "axes.T=3"),
+        ("skip: [{T: '1'}, {T: '2'}]", "no cell is left"),
+        ("search: {per: [lr]}", "search.per=lr"),
+        ("axis: {}", "axis"),
+    ],
+)
+def test_a_study_that_cannot_be_run_is_refused_by_name_before_its_first_trial(tmp_path, more, says):
+    with pytest.raises(ConfigError) as refused:
+        study(tmp_path, SMALL + more + "\n")
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_unknown_study_is_answered_with_those_there_are():
+    with pytest.raises(ConfigError, match="figure4"):
+        load("figure5")
+
+
+def test_a_trial_is_named_by_its_settings_so_that_equal_ones_are_one_run(tmp_path):
+    found = study(tmp_path, SMALL)
+    cell = found.cells[0]
+    name = Trial(cell, 0, 1e-3).config(found, tmp_path).run.name
+    assert name == Trial(cell, 0, 1e-3).config(found, tmp_path / "other").run.name
+    assert name != Trial(cell, 1, 1e-3).config(found, tmp_path).run.name
+    assert name != Trial(cell, 0, 1e-2).config(found, tmp_path).run.name
+    assert name.startswith("1-R1-0-")
+
+
+class Scored:
+    """Trials whose reward is best at 3e-3, and better the longer they run; 0.3 fails."""
+
+    def __init__(self) -> None:
+        self.asked: list[Trial] = []
+
+    def run(self, trials: list[Trial], what: str) -> list[Outcome]:
+        self.asked += trials
+        return [self._outcome(trial) for trial in trials]
+
+    def _outcome(self, trial: Trial) -> Outcome:
+        assert trial.rate is not None
+        reward = trial.updates / 1000 - abs(trial.rate - 3e-3)
+        failure = "diverged" if trial.rate == 0.3 else ""
+        return Outcome(trial, Path(), trial.rate, {"reward_eval": reward}, failure)
+
+
+def test_halving_runs_the_better_half_twice_as_long_and_finds_the_best_rate(tmp_path):
+    found = study(tmp_path, SMALL + "search: {per: [T], updates: 160}\n")
+    trials = Scored()
+    rates, rows = find_rates(found, trials)  # type: ignore[arg-type]
+    assert rates == {"T 1": 3e-3, "T 2": 3e-3}
+    spent = {u: sum(t.updates == u for t in trials.asked) for u in (40, 80, 160)}
+    assert spent == {40: 20, 80: 10, 160: 6}
+    assert len(rows) == 36 and sum(row["score"] is None for row in rows) == 2
+    assert combination(found, found.cells[1]) == "T 2"
+    assert {t.seed for t in trials.asked} == {1000}  # never a seed of the results
+
+
+def test_a_combination_without_any_working_rate_is_named(tmp_path):
+    found = study(tmp_path, SMALL + "search: {rates: [0.3]}\n")
+    with pytest.raises(RuntimeError, match="no learning rate works for all"):
+        find_rates(found, Scored())  # type: ignore[arg-type]
