@@ -1,4 +1,4 @@
-"""The policy as a network: its architecture, and how its weights travel as one flat array.
+"""The policy as a network: its architecture, its scores of a text, its weights as one flat array.
 
 Actors build the architecture only; every set of weights, the first one too, reaches them from the
 learner with its version. So π_ref and a value head never leave the learner.
@@ -6,7 +6,8 @@ learner with its version. So π_ref and a value head never leave the learner.
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,3 +144,12 @@ def unflatten(model: nn.Module, flat: np.ndarray) -> None:
         warnings.simplefilter("ignore")  # torch's, of arrays that cannot be written to
         pieces = torch.from_numpy(flat).split([p.numel() for p in targets])
     torch._foreach_copy_(targets, [piece.view(p.shape) for piece, p in zip(pieces, targets)])
+
+
+@torch.no_grad()
+def score(model: Callable[..., Any], text_NT: np.ndarray, device: Any) -> np.ndarray:
+    """log π(token | those before it) of all tokens but the first, [N, T − 1] float32, nats."""
+    token_NT = torch.tensor(text_NT, dtype=torch.long, device=device)
+    logits_NLV = model(token_NT, use_cache=False).logits[:, :-1].float()
+    logp_NL1 = logits_NLV.log_softmax(-1).gather(-1, token_NT[:, 1:, None])
+    return logp_NL1[..., 0].cpu().numpy()

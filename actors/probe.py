@@ -2,21 +2,18 @@
 
 The learner scores it whenever it publishes a version for actors; text and scores travel with the
 weights. An engine that has loaded them scores it too, and the two must agree to the numerical
-floor, whatever the age at which the learner will consume what the engine generates.
+floor, whatever the age at which the learner will consume what the engine generates. Leases carry
+the probe, so the queue's process imports this module, which does without torch: what scores a text
+is `policy.score`.
 
 Shapes: N texts, T tokens each, L = T − 1 of them scored.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from transformers import PretrainedConfig
 
-from actors import policy
 from actors.randomness import stream_key, uniforms
-from configs.schema import Config
 
 TEXTS = 4
 TOKENS = 11  # at most; all but the first are scored
@@ -30,24 +27,15 @@ class Probe(NamedTuple):
     logp_NL: np.ndarray  # float32, nats, at temperature 1
 
 
-def text(config: Config, shape: PretrainedConfig) -> np.ndarray:
+def text(seed: int, vocabulary: int, context: int) -> np.ndarray:
     """Keyed tokens, uniform over the vocabulary, [N, T] int32.
 
     They leave room for one more in the engine's context; T < 2 where it is too short for a probe.
     """
-    length = min(TOKENS, policy.context(config, shape) - 1)
+    length = min(TOKENS, context - 1)
     places = np.arange(TEXTS)[:, None], np.arange(length)
-    uniform_NT = uniforms(stream_key(config.seed, "probe"), *places)
-    return (uniform_NT * shape.vocab_size).astype(np.int32)
-
-
-@torch.no_grad()
-def score(model: Callable[..., Any], text_NT: np.ndarray, device: Any) -> np.ndarray:
-    """log π(token | those before it) of all tokens but the first, [N, L] float32, nats."""
-    token_NT = torch.tensor(text_NT, dtype=torch.long, device=device)
-    logits_NLV = model(token_NT, use_cache=False).logits[:, :-1].float()
-    logp_NL1 = logits_NLV.log_softmax(-1).gather(-1, token_NT[:, 1:, None])
-    return logp_NL1[..., 0].cpu().numpy()
+    uniform_NT = uniforms(stream_key(seed, "probe"), *places)
+    return (uniform_NT * vocabulary).astype(np.int32)
 
 
 def mismatch(engine_NL: np.ndarray, learner_NL: np.ndarray) -> float:

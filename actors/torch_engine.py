@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actors import policy, probe
+from actors import policy
 from actors.engine import Request
 from actors.packing import does_not_fit, fail_group, pack
 from actors.randomness import stream_key, uniforms
@@ -68,7 +68,7 @@ class TorchEngine:
         return block
 
     def score(self, text_NT: np.ndarray) -> np.ndarray:
-        return probe.score(self.model, text_NT, self.device)
+        return policy.score(self.model, text_NT, self.device)
 
     def close(self) -> None:
         pass

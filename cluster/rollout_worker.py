@@ -6,7 +6,6 @@ from actors.actor import QueueClient, RewardClient, RolloutActor
 from actors.dataset_engine import DatasetEngine, DatasetPrompts
 from actors.engine import RolloutEngine
 from actors.in_flight import InFlightActor
-from actors.torch_engine import TorchEngine
 from actors.turns import Sleeper, TurnTaking
 from cluster import inputs
 from configs import faults
@@ -67,9 +66,14 @@ class RolloutWorker:
 
 
 def build_engine(config: Config) -> RolloutEngine:
-    """The engine that `rollout.engine` names."""
+    """The engine that `rollout.engine` names; only its own packages are imported.
+
+    vLLM is an optional install, and an actor that serves offline rows needs no torch.
+    """
     if config.rollout.engine is EngineKind.torch:
+        from actors.torch_engine import TorchEngine
+
         return TorchEngine(config)
-    from actors.vllm_engine import VllmEngine  # vLLM is an optional install
+    from actors.vllm_engine import VllmEngine
 
     return VllmEngine(config)

@@ -49,7 +49,8 @@ class Learner:
             scratch = self._frozen(path)
             self.conditionals = Conditionals(config, scratch, self.reference)
         self.round = -1
-        self._probe_NT = probe.text(config, model.config)
+        context = policy.context(config, model.config)
+        self._probe_NT = probe.text(config.seed, int(model.config.vocab_size), context)
 
     def _frozen(self, path: str) -> nn.Module:
         """The initial network, not to be trained, on the engine's device."""
@@ -78,7 +79,7 @@ class Learner:
             return None
         network = self.engine.engine if gathers else self.engine.engine.module
         network.eval()
-        logp_NL = probe.score(network, self._probe_NT, self.engine.device)
+        logp_NL = policy.score(network, self._probe_NT, self.engine.device)
         network.train()
         return Probe(self._probe_NT, logp_NL)
 

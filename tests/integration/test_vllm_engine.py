@@ -217,13 +217,18 @@ def test_tokens_after_an_update_see_nothing_of_the_old_weights(engine, model):
                 assert np.abs(apart[mine]).max() <= TOLERANCE
 
 
+def probe_text(engine, model) -> np.ndarray:
+    config, shape = engine.config, model.config
+    return probe.text(config.seed, shape.vocab_size, policy.context(config, shape))
+
+
 def test_scores_of_the_probe_are_those_of_transformers_and_change_no_rollout(engine, model):
     engine.load(weights(model, 4), Version(0, 4))
-    text_NT = probe.text(engine.config, model.config)
+    text_NT = probe_text(engine, model)
     block = engine.generate(requests(*ONE_TOKEN), "rollout")
     engine.config.rollout.temperature = 0.6  # the probe's is 1 whatever the rollouts'
     for _ in range(2):
-        apart_NL = engine.score(text_NT) - probe.score(model, text_NT, "cpu")
+        apart_NL = engine.score(text_NT) - policy.score(model, text_NT, "cpu")
         assert apart_NL.shape == (4, 10) and np.abs(apart_NL).max() <= TOLERANCE
     engine.config.rollout.temperature = 1.0
     assert texts(engine.generate(requests(*ONE_TOKEN), "rollout")) == texts(block)
@@ -231,13 +236,13 @@ def test_scores_of_the_probe_are_those_of_transformers_and_change_no_rollout(eng
 
 def test_right_after_an_update_in_mid_generation_the_probe_agrees(engine, model, monkeypatch):
     engine.config.rollout.max_tokens, engine.config.rollout.responses_per_prompt = 100, 8
-    text_NT, load, apart = probe.text(engine.config, model.config), engine.load, []
+    text_NT, load, apart = probe_text(engine, model), engine.load, []
 
     def load_and_probe(flat: np.ndarray, version: Version) -> None:
         load(flat, version)
         running = engine._running > 0
         scores_NL = engine.score(text_NT)
-        apart.append((running, np.abs(scores_NL - probe.score(model, text_NT, "cpu")).max()))
+        apart.append((running, np.abs(scores_NL - policy.score(model, text_NT, "cpu")).max()))
 
     monkeypatch.setattr(engine, "load", load_and_probe)
     block, _ = generate_under_updates(

@@ -33,18 +33,21 @@ def test_the_statistic_equals_its_numpy_reference_and_is_0_only_where_scores_agr
 def test_the_text_is_keyed_by_the_seed_and_fits_the_policy_and_its_engine():
     config = settings("bandit")
     shape = policy.architecture(config)
-    text_NT = probe.text(config, shape)
-    assert text_NT.shape == (4, 11) and text_NT.min() >= 0 and text_NT.max() < shape.vocab_size
-    assert (probe.text(settings("bandit"), shape) == text_NT).all()
-    assert (probe.text(settings("bandit", "seed=1"), shape) != text_NT).any()
+    vocabulary, context = shape.vocab_size, policy.context(config, shape)
+    text_NT = probe.text(config.seed, vocabulary, context)
+    assert text_NT.shape == (4, 11) and text_NT.min() >= 0 and text_NT.max() < vocabulary
+    assert (probe.text(0, vocabulary, context) == text_NT).all()
+    assert (probe.text(1, vocabulary, context) != text_NT).any()
     short = settings("bandit", "prompts.max_tokens=1", "rollout.max_tokens=3")
-    assert (probe.text(short, shape) == text_NT[:, :3]).all()
+    tight = policy.context(short, shape)
+    assert (probe.text(0, vocabulary, tight) == text_NT[:, :3]).all()
 
 
 def test_a_context_too_short_for_a_probe_leaves_it_out():
     local = Local(settings("bandit", "learner.updates=1"))
     tight = settings("bandit", "prompts.max_tokens=1", "rollout.max_tokens=1")
-    local.learner._probe_NT = probe.text(tight, policy.architecture(tight))
+    context = policy.context(tight, policy.architecture(tight))
+    local.learner._probe_NT = probe.text(0, 100, context)
     assert local.learner.probe() is None
     local.queue.publish(Version(0, 0), [local.learner.weights().copy(), None])
     (record,) = local.steps(1)
