@@ -253,19 +253,47 @@ def test_right_after_an_update_in_mid_generation_the_probe_agrees(engine, model,
     assert max(nats for _, nats in apart) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["torch", "vllm"])
-def test_the_queue_sees_no_difference_between_engines(engine, small_policy, kind):
-    config = prepare("bandit_vllm", [*small_policy, f"rollout.engine={kind}", "learner.updates=20"])
+KINDS = pytest.mark.parametrize("kind", ["torch", "vllm"])
+
+
+def local_run(kind: str, engine, small_policy, *overrides: str) -> Local:
+    """Algorithm 1 in one process, over the engine asked for."""
+    config = prepare("bandit_vllm", [*small_policy, f"rollout.engine={kind}", *overrides])
     local = Local(config)
     if kind == "vllm":
-        local.actors = [
-            RolloutActor(
-                0, engine, local.actors[0].prompts, LocalQueue(local.queue),
-                LocalRewards(config), 10.0,
-            )
-        ]  # fmt: skip
-    else:
-        assert isinstance(local.actors[0].engine, TorchEngine)
+        actor = local.actors[0]
+        rewards, queue = LocalRewards(config), LocalQueue(local.queue)
+        local.actors = [RolloutActor(0, engine, actor.prompts, queue, rewards, 10.0)]
+    assert isinstance(local.actors[0].engine, TorchEngine) == (kind == "torch")
+    return local
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "overrides, ages",
+    [
+        (["replay.lag=2"], [0, 1, 2, 2, 2, 2]),
+        (["replay.schedule=pipelined", "replay.max_age=3"], [0, 1, 2, 3, 3, 3]),
+        (["replay.schedule=pipelined", "replay.max_age=0"], [0] * 6),
+    ],
+)
+def test_ages_and_the_budget_are_the_same_over_either_engine(
+    engine, small_policy, kind, overrides, ages
+):
+    local = local_run(
+        kind, engine, small_policy, "learner.updates=6", "replay.inner_epochs=1",
+        "replay.samples_per_round=20", "learner.minibatch=20", *overrides,
+    )  # fmt: skip
+    seen = [set(record.index["age"]) for record in local.steps(6)]
+    assert seen == [{age} for age in ages]
+    counts = local.queue.ledger.counts()
+    assert counts["issued"] == sum(counts["retired"].values()) == 120
+    assert counts["retired"]["exhausted"] == 120 and counts["retired"]["expired"] == 0
+
+
+@KINDS
+def test_the_queue_sees_no_difference_between_engines(engine, small_policy, kind):
+    local = local_run(kind, engine, small_policy, "learner.updates=20")
     records = list(local.steps(20))
     ledger = local.queue.ledger
     assert dict(ledger.age) == dict.fromkeys(range(10), 200)
