@@ -49,3 +49,5 @@ def test_a_killed_engine_process_costs_a_restart_and_no_rollout(tmp_path):
     assert ledger["issued"] == 10 * UPDATES == ledger["retired"]["exhausted"]
     assert ledger["in_flight"] == ledger["queued"] == 0
     assert summary["age"]["max"] == 9 and summary["engine_mismatch_alarms"] == 0
+    # What the torch engine reaches too: docs/runs.md.
+    assert summary["reward_eval"] > 0.97 and summary["engine_mismatch_kl"] <= 1e-5
