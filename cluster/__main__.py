@@ -55,6 +55,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return doctor.main(arguments.preset, arguments.settings)
 
 
+def _advise(arguments: argparse.Namespace) -> int:
+    from cluster import advise
+
+    return advise.main(arguments.source, arguments.settings)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser("python -m cluster", description=__doc__)
@@ -80,6 +86,11 @@ def parser() -> argparse.ArgumentParser:
     sub = command("bench", _bench, "measure ours beside a named baseline, in one run")
     sub.add_argument("name", choices=["kills", "methods", "overhead", "soak", "weights"])
     sub.add_argument("settings", nargs="*", metavar="key=value")
+    sub = command("advise", _advise, "say which methods the paper recommends for a problem")
+    sub.add_argument("source", metavar="PRESET|DATASET", help="a preset, or a .jsonl or .parquet")
+    sub.add_argument(
+        "settings", nargs="*", metavar="key=value", help="samples=2000, lower=, upper=, any"
+    )
     sub = command("doctor", _doctor, "check that this machine can run a preset")
     sub.add_argument("preset", metavar="PRESET", nargs="?", default="bandit")
     sub.add_argument("settings", nargs="*", metavar="key=value")
