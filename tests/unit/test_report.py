@@ -13,7 +13,7 @@ from cluster import report, report_data, report_tables, wording
 from cluster.report_plots import thin
 
 NASTY = "<script>alert('x')</script>"
-VOID = {"meta", "link", "input", "br"}
+VOID = {"meta", "link", "input", "br", "img"}
 
 
 class Page(HTMLParser):
