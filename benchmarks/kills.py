@@ -1,6 +1,6 @@
 """kill -9 of random parts of one long run, beside the same run undisturbed.
 
-Settings of its own: kills=200 seed=0 apart=15 (steps that the run must make between two kills); all
+Settings of its own: kills=200 seed=0 apart=5 (steps that the run must make between two kills); all
 others are the run's. Victims are processes of rollout actors, learner, evaluator, queue and reward
 replicas, drawn by the seed from those alive. Whether it is all kept: the summaries' rewards and
 ledgers, printed side by side.
@@ -17,6 +17,7 @@ import psutil
 from benchmarks.outside import OutsideRun, own_settings, part, write
 
 FOLDER = Path("runs/kills")
+SPARE = 15  # updates that a run makes, on average, before the next kill comes
 PATIENCE = 240.0  # seconds for a run to come back from one kill
 LIMITS = [
     "checkpoint.every=20", "checkpoint.seconds=0", "limits.actor_restarts=100000",
@@ -28,8 +29,8 @@ LIMITS = [
 
 def main(overrides: list[str]) -> None:
     """Run it, print and keep the record."""
-    own, rest = own_settings(overrides, {"kills": 200, "seed": 0, "apart": 15})
-    updates = (own["kills"] + 10) * own["apart"]
+    own, rest = own_settings(overrides, {"kills": 200, "seed": 0, "apart": 5})
+    updates = (own["kills"] + 10) * (own["apart"] + SPARE)
     settings = [*LIMITS, f"learner.updates={updates}", "resume=never", *rest]
     disturbed = OutsideRun("bandit_pipelined", settings, FOLDER, "disturbed")
     killed = kill(disturbed, own["kills"], own["apart"], random.Random(own["seed"]))

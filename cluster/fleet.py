@@ -41,6 +41,7 @@ class Fleet:
         self.workers = {index: self._start(index) for index in range(config.rollout.actors)}
         self.running: dict[Any, int] = {}
         self.started: dict[int, float] = {}  # when an actor was set to work
+        self.known: dict[int, float] = {}  # when the queue last knew of it
         self.due: dict[int, float] = {}  # when an actor is to be started again
 
     def _start(self, index: int) -> Any:
@@ -80,7 +81,7 @@ class Fleet:
             self._run(index)
 
     def _run(self, index: int) -> None:
-        self.started[index] = time.monotonic()
+        self.started[index] = self.known[index] = time.monotonic()
         call = self.workers[index].call.remote("run", self.queue, self.rewards)
         self.running[call] = index
 
@@ -99,9 +100,12 @@ class Fleet:
                 lines.append(self._restart(index, reason(error)))
         now, limits = time.monotonic(), self.config.limits
         for call, index in list(self.running.items()):
-            started = now - self.started[index]
-            limit = limits.lease_seconds if index in unheard else limits.startup_seconds
-            if min(started, unheard.get(index, started)) > limit:
+            if index in unheard:
+                self.known[index] = now
+                silent, limit = unheard[index], limits.lease_seconds
+            else:  # it starts, or the queue does, which then hears of it at its next call
+                silent, limit = now - self.known[index], limits.startup_seconds
+            if min(silent, now - self.started[index]) > limit:
                 del self.running[call]
                 lines.append(self._restart(index, f"no word of it for {limit:g} s"))
         for index in [i for i, when in self.due.items() if when <= time.monotonic()]:

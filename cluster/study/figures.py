@@ -166,7 +166,9 @@ def _limits(axes: Axes, figure: Figure, frames: list[pd.DataFrame]) -> None:
 def _cells(panel: Panel, across: Sequence[str] = ("",)) -> dict[tuple[str, str], pd.DataFrame]:
     """What `scalars` gives, for each label of `lines` and each of the axis `x`."""
     figure = panel.figure
-    trials = scalars(panel.frame, panel.study.axes, figure.y, figure.take).dropna(subset=["value"])
+    trials = scalars(panel.frame, panel.study.axes, figure.y, figure.take, figure.level).dropna(
+        subset=["value"]
+    )
     return {
         (label, column): rows_of(
             trials, {figure.lines: label} | ({figure.x: column} if column else {})
@@ -261,5 +263,5 @@ def _quantity(figure: Figure) -> str:
     """What is drawn of a trial, as a label of an axis."""
     if figure.kind == "curves":
         return name(figure.y)
-    said = until(figure.y).get(figure.take, f"{figure.take} {name(figure.y)}")
+    said = until(figure.y, figure.level).get(figure.take, f"{figure.take} {name(figure.y)}")
     return said.replace(" until ", "\nuntil ")

@@ -64,6 +64,7 @@ class Figure:
     panels: str = ""
     where: dict[str, str] = field(default_factory=dict)
     take: str = "final"  # heat and bars: what of a trial, as in `Claim`
+    level: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Claim:
     `similar` (their difference is within ± margin), `rising` or `falling` (along the axis `along`,
     from each label to the next, by over margin from the first to the last).
     take: what of a trial: `final` (mean of its last three evaluations), `mean` (of all),
-    `best`, `steps_to` (updates until the metric reaches `level`; the run's length where never).
+    `best`, `steps_to`, `seconds_to` and `queries_to` (updates, seconds of training and reward
+    queries until the metric reaches `level`; the whole run's where never).
     each: an axis at whose every label the claim is tested; it holds if it does at all of them.
     """
 
@@ -221,10 +223,16 @@ def _names(study: Study, search: Search) -> Iterator[tuple[str, str, Iterable[st
         yield "figures.take", figure.take, TAKES
         yield "figures.lines", figure.lines, axes
         yield "figures.panels", figure.panels, [*axes, ""]
+        if figure.kind == "heat":
+            yield "figures.x", figure.x, axes
     for claim in study.claims:
         yield "claims.test", claim.test, TESTS
         yield "claims.take", claim.take, TAKES
-        yield "claims.along", claim.along, [*axes, ""]
+        if claim.test in ("rising", "falling"):
+            yield "claims.along", claim.along, axes
+        else:
+            yield "claims.more", next(iter(claim.more), ""), axes
+            yield "claims.less", next(iter(claim.less), ""), axes
         yield "claims.each", claim.each, [*axes, ""]
     filters = [*study.skip, search.at, *(f.where for f in study.figures)]
     filters += [labels for c in study.claims for labels in (c.more, c.less, c.where)]

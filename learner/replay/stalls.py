@@ -12,7 +12,7 @@ class Stalls:
     def __init__(self) -> None:
         self._actors: dict[tuple[int, int], list[float]] = {}  # (actor, slot): first call, waited
         self._heard: dict[int, float] = {}  # when an actor last called, or was answered
-        self._waiting: Counter[int] = Counter()  # calls for a lease that actors wait for
+        self._waiting: dict[int, set[float]] = {}  # actor: since when its calls for a lease wait
         self._progress = self._learner = time.monotonic()
         self._asking: Counter[int] = Counter()  # batches that ranks wait for
 
@@ -20,14 +20,16 @@ class Stalls:
         """An actor asks for a lease; returns now."""
         now = time.monotonic()
         self._actors.setdefault((actor, slot), [now, 0.0])
-        self._waiting[actor] += 1
+        self._waiting.setdefault(actor, set()).add(now)
+        self.heard(actor)
         return now
 
     def answered(self, actor: int, slot: int, since: float) -> None:
         """It has its answer."""
         self._actors[actor, slot][1] += time.monotonic() - since
-        self._waiting[actor] -= 1
-        self.heard(actor)
+        if actor in self._waiting:  # not where it was taken for dead meanwhile
+            self._waiting[actor].discard(since)
+            self.heard(actor)
 
     def heard(self, actor: int) -> None:
         """An actor is alive."""
@@ -39,9 +41,10 @@ class Stalls:
         self._waiting.pop(actor, None)
 
     def quiet(self) -> dict[int, float]:
-        """Seconds since each actor was heard of, of those that wait for nothing."""
+        """Seconds since each actor was heard of; none of one that waits for a lease, however
+        long."""
         now = time.monotonic()
-        return {a: now - since for a, since in self._heard.items() if self._waiting[a] <= 0}
+        return {a: 0.0 if self._waiting.get(a) else now - h for a, h in self._heard.items()}
 
     def idle_fraction(self) -> float | None:
         """Share of actors' time, since their first call, that they waited for a lease."""

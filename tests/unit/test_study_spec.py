@@ -48,7 +48,12 @@ def test_cells_are_the_product_of_the_axes_less_what_is_left_out(tmp_path):
         ("figures: [{kind: curves, y: ess, lines: U}]", "figures.lines=U"),
         ("figures: [{kind: curves, lines: T}]", "'y'"),
         ("claims: [{name: a, section: b, says: c, test: odd}]", "claims.test=odd"),
-        ("claims: [{name: a, section: b, says: c, test: greater, more: {T: '3'}}]", "axes.T=3"),
+        (
+            "claims: [{name: a, section: b, says: c, test: similar, more: {T: '3'}, less: {T: 2}}]",
+            "axes.T=3",
+        ),
+        ("claims: [{name: a, section: b, says: c, test: greater}]", "claims.more="),
+        ("claims: [{name: a, section: b, says: c, test: rising}]", "claims.along="),
         ("skip: [{T: '1'}, {T: '2'}]", "no cell is left"),
         ("search: {per: [lr]}", "search.per=lr"),
         ("axis: {}", "axis"),

@@ -98,13 +98,27 @@ def test_too_many_failures_are_fatal_also_from_another_process():
     assert isinstance(carried.cause, TooManyFailures)
 
 
+def test_an_actor_that_was_restarted_is_not_taken_for_its_former_self(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("learner.replay.stalls.time.monotonic", lambda: now)
+    stalls = Stalls()
+    before = stalls.called(0, 0)
+    stalls.forget(0)
+    stalls.answered(0, 0, before)  # too late
+    assert stalls.quiet() == {}
+    now = 5.0
+    stalls.called(0, 0)
+    now = 900.0
+    assert stalls.quiet() == {0: 0.0}  # it may wait for its lease as long as it takes
+
+
 def test_the_clocks_tell_who_waits_from_who_hangs(monkeypatch):
     now = 100.0
     monkeypatch.setattr("learner.replay.stalls.time.monotonic", lambda: now)
     stalls = Stalls()
     asked = stalls.called(0, 0)
     now = 130.0
-    assert stalls.quiet() == {}  # it waits for a lease
+    assert stalls.quiet() == {0: 0.0}  # it waits for a lease
     stalls.answered(0, 0, asked)
     with stalls.asking(5):
         now = 150.0
