@@ -200,7 +200,11 @@ def test_rewards_that_fail_end_in_one_line(own, tmp_path, capsys):
         ("bandit", "rollout.temperatur=1", "did you mean rollout.temperature"),
         ("bandit", "reward.width=0", "reward.width"),
         ("none.jsonl", "seed=0", "none.jsonl"),
-        ("bandit", "policy.path=none prompts.source=jsonl prompts.path=x", "policy.path=none"),
+        (
+            "bandit",
+            "policy.path=/none/x prompts.source=jsonl prompts.path=x",
+            "policy.path=/none/x",
+        ),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_sampled(
