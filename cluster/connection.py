@@ -36,6 +36,8 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
     variables = environment(config)
     os.environ.update(variables)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not config.dashboard:  # whose list of past tasks would fill 250 MB within an hour
+        os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
     address = config.address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
