@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from configs.schema import BanditPolicyConfig, Config, PolicyConfig, Precision
+from configs.choices import Precision
+from configs.schema import BanditPolicyConfig, Config, PolicyConfig
 
 DTYPES = {Precision.float32: torch.float32, Precision.bfloat16: torch.bfloat16}
 

@@ -25,7 +25,8 @@ from actors.tables import (
     require,
     token_ids,
 )
-from configs.schema import PromptKind, PromptsConfig
+from configs.choices import PromptKind
+from configs.schema import PromptsConfig
 
 Tokenize = Callable[[str], Sequence[int]]
 

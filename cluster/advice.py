@@ -22,9 +22,10 @@ from cluster.conditions import (
     Peak,
     nats_of_best,
 )
+from configs.choices import DataSource
 from configs.errors import ConfigError
 from configs.load import prepare, presets
-from configs.schema import Config, DataSource
+from configs.schema import Config
 
 INDENT = 4 * " "
 UNMEASURED = "not measured"

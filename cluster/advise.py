@@ -25,9 +25,10 @@ from actors.rollout import VALID, GroupId, Rollouts, Version, concatenate
 from actors.torch_engine import TorchEngine
 from cluster import advice, inputs
 from cluster.conditions import MOST_SAMPLES, Groups, measure_coverage, measure_peak
+from configs.choices import RewardKind
 from configs.errors import ConfigError, one_line
 from configs.load import prepare, preset_name
-from configs.schema import Config, RewardKind
+from configs.schema import Config
 from learner.batch import conditionals, pad, token_logps
 from learner.stages.bandit import initial_policy
 from reward_server import rewards

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 from cluster.doctor_packages import Answer, torch_is_cpu
+from configs.choices import EngineKind
 from configs.errors import one_line
-from configs.schema import Config, EngineKind
+from configs.schema import Config
 
 SHM, CGROUP = Path("/dev/shm"), Path("/sys/fs/cgroup")
 GIB = 2**30

@@ -8,7 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from configs.schema import Config, EngineKind
+from configs.choices import EngineKind
+from configs.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = (3, 11)  # pyproject's requires-python

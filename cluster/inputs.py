@@ -11,9 +11,10 @@ from actors.preferences import OfflineGroup, read
 from actors.prompts import PromptStream
 from actors.rollout import UNLABELLED
 from cluster import doctor_machine
+from configs.choices import DataSource, EngineKind, Precision
 from configs.errors import ConfigError
 from configs.rules_system import VLLM_CPU_HEADS
-from configs.schema import Config, DataSource, EngineKind, Precision
+from configs.schema import Config
 from reward_server.rewards import load
 
 GIB = 2**30

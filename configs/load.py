@@ -21,8 +21,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.bounds import any_of, leaves
+from configs.choices import DataSource, Precision, Schedule
 from configs.errors import ConfigError
-from configs.schema import Config, DataSource, Precision, Schedule
+from configs.schema import Config
 from configs.validate import check
 from configs.yaml_files import read_mapping
 

@@ -7,17 +7,10 @@ on what the rules before it in `ALGORITHM_RULES` hold.
 import difflib
 
 from configs.bounds import Rule, any_of, near, set_to
+from configs.choices import Advantage, DataSource, Importance, Order, Proximal, Schedule
 from configs.errors import ConfigError
 from configs.objectives import OFFLINE, ON_POLICY, TABLE, Traits
-from configs.schema import (
-    Advantage,
-    Config,
-    DataSource,
-    Importance,
-    Order,
-    Proximal,
-    Schedule,
-)
+from configs.schema import Config
 
 
 def objective_is_known(config: Config) -> None:

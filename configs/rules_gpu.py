@@ -4,8 +4,9 @@ Each rule raises ConfigError with a concrete fix, and may rely on what the rules
 """
 
 from configs.bounds import Rule
+from configs.choices import DataSource, EngineKind, Schedule, UpdateKind
 from configs.errors import ConfigError
-from configs.schema import Config, DataSource, EngineKind, Schedule, UpdateKind
+from configs.schema import Config
 from configs.schema_vllm import Transfer
 
 BY_HOST = "rollout.transfer=host"

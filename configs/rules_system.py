@@ -7,16 +7,9 @@ import re
 
 from configs import faults
 from configs.bounds import Rule, near, set_to
+from configs.choices import DataSource, EngineKind, PromptKind, RewardKind, Schedule, UpdateKind
 from configs.errors import ConfigError
-from configs.schema import (
-    Config,
-    DataSource,
-    EngineKind,
-    PromptKind,
-    RewardKind,
-    Schedule,
-    UpdateKind,
-)
+from configs.schema import Config
 
 # vllm 0.32.0, v1/attention/backends/cpu_attn.py
 VLLM_CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)

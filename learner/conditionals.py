@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from actors import policy
 from actors.rollout import Version
-from configs.schema import Config, DataSource
+from configs.choices import DataSource
+from configs.schema import Config
 from learner.batch import Padded, RolloutKey, conditionals
 
 LARGEST_BYTES = 256_000_000  # of distributions kept for one round, when `exact_kl` is not set

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from actors import policy
-from configs.schema import LearnerConfig, Precision, RateSchedule
+from configs.choices import Precision, RateSchedule
+from configs.schema import LearnerConfig
 from learner.checkpoint import BackgroundWriter
 
 

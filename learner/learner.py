@@ -16,7 +16,8 @@ from actors import policy, probe
 from actors.probe import Probe
 from actors.rollout import Rollouts, Version
 from configs import faults
-from configs.schema import Config, DataSource, Proximal, Schedule
+from configs.choices import DataSource, Proximal, Schedule
+from configs.schema import Config
 from learner import measures
 from learner.batch import Padded, conditionals, pad, token_logps, unpad
 from learner.cells import Cells, StepRecord, add

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from configs.schema import RewardConfig, RewardKind
+from configs.choices import RewardKind
+from configs.schema import RewardConfig
 
 
 class Reward(Protocol):

@@ -21,7 +21,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from configs.schema import Advantage, Importance, ObjectiveConfig, Proximal, Ratio
+from configs.choices import Advantage, Importance, Proximal, Ratio
+from configs.schema import ObjectiveConfig
 from learner.divergence import within
 from learner.objectives.base import LossInputs, masked
 

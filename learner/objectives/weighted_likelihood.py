@@ -6,7 +6,8 @@ a scalar: the sum over what `Traits.per` names. log π_θ(y) is summed over a re
 
 from torch import Tensor
 
-from configs.schema import ObjectiveConfig, RewardScale
+from configs.choices import RewardScale
+from configs.schema import ObjectiveConfig
 from learner.objectives.base import LossInputs, masked, pair_masks
 
 

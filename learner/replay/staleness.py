@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.randomness import stream_key, uniforms
-from configs.schema import Config, DataSource, Order, Schedule
+from configs.choices import DataSource, Order, Schedule
+from configs.schema import Config
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import ray
 
-from configs.schema import RewardConfig, RewardKind
+from configs.choices import RewardKind
+from configs.schema import RewardConfig
 from reward_server.rewards import load, score_safely
 from reward_server.service import deploy
 

@@ -5,14 +5,8 @@ import math
 import numpy as np
 import torch
 
-from configs.schema import (
-    Advantage,
-    Importance,
-    ObjectiveConfig,
-    Proximal,
-    Ratio,
-    RewardScale,
-)
+from configs.choices import Advantage, Importance, Proximal, Ratio, RewardScale
+from configs.schema import ObjectiveConfig
 from learner.objectives import load
 from learner.objectives.base import LossInputs
 

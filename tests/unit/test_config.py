@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import load as loading
+from configs.choices import DataSource, EngineKind
 from configs.load import ConfigError, flat_keys, load, prepare, presets, resolve, to_yaml
 from configs.objectives import TABLE
-from configs.schema import Config, DataSource, EngineKind
+from configs.schema import Config
 from configs.validate import check
 
 QUICK = settings(max_examples=20, deadline=None)

@@ -12,7 +12,8 @@ import pytest
 from cluster import doctor, doctor_machine, doctor_packages
 from cluster.__main__ import main
 from cluster.run_directory import RunDirectory
-from configs.schema import Config, EngineKind
+from configs.choices import EngineKind
+from configs.schema import Config
 
 GIB = 2**30
 

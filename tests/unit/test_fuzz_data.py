@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from actors.preferences import OfflineGroup, PreferenceError, read, to_rollouts
 from actors.prompts import PromptError, PromptStream
 from actors.tables import DataError
-from configs.schema import PromptKind, PromptsConfig
+from configs.choices import PromptKind
+from configs.schema import PromptsConfig
 from tests.fuzz import (
     DEEP,
     NUMBERS,

@@ -5,8 +5,8 @@ import importlib
 import pytest
 
 from cluster.doctor_machine import gpus_wanted
+from configs.choices import EngineKind, Precision, Proximal, Ratio, RewardKind, Schedule, UpdateKind
 from configs.load import load, prepare, resolve
-from configs.schema import EngineKind, Precision, Proximal, Ratio, RewardKind, Schedule, UpdateKind
 from configs.schema_vllm import Transfer
 from configs.validate import check
 from learner.replay.staleness import plan

@@ -61,7 +61,8 @@ def the_queue(folder: Path) -> None:
 
 def the_reward_replica(folder: Path) -> None:
     """Either kind of reward; the HTTP endpoint is imported too."""
-    from configs.schema import RewardConfig, RewardKind
+    from configs.choices import RewardKind
+    from configs.schema import RewardConfig
     from reward_server import endpoint, service
     from reward_server.client import Pairs
     from reward_server.scorer import Scorer

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from configs.choices import Importance, Ratio
 from configs.objectives import TABLE
-from configs.schema import Importance, ObjectiveConfig, Ratio
+from configs.schema import ObjectiveConfig
 from learner.objectives import load
 from learner.objectives.base import LossInputs
 from learner.signals import signals

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.prompts import Prompt, PromptError, PromptStream
-from configs.schema import PromptKind, PromptsConfig
+from configs.choices import PromptKind
+from configs.schema import PromptsConfig
 
 
 def bandit(count=10, shuffle=False, seed=0, **limits):

@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from configs.schema import RewardConfig, RewardKind
+from configs.choices import RewardKind
+from configs.schema import RewardConfig
 from reward_server.client import Pairs
 from reward_server.endpoint import Refusal, parse
 from reward_server.rewards import Scores, concatenate, describe, load, peak, score_safely
