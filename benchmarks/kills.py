@@ -18,7 +18,7 @@ from benchmarks.outside import OutsideRun, own_settings, part, write
 
 FOLDER = Path("runs/kills")
 SPARE = 15  # updates that a run makes, on average, before the next kill comes
-PATIENCE = 240.0  # seconds for a run to come back from one kill
+PATIENCE = 600.0  # seconds for a run to come back from one kill
 LIMITS = [
     "checkpoint.every=20", "checkpoint.seconds=0", "limits.actor_restarts=100000",
     "limits.learner_restarts=100000", "limits.queue_restarts=100000",
