@@ -50,6 +50,7 @@ def bandit_architecture(bandit: BanditPolicyConfig, max_tokens: int) -> GPT2Conf
         n_layer=bandit.layers,
         n_head=bandit.heads,
         resid_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",  # gelu_new in one kernel instead of seven
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         bos_token_id=None,

@@ -20,7 +20,7 @@ class Padded:
 
     input_NT: Tensor  # int64, prompt then response
     attention_NT: Tensor | None  # None where nothing is padded
-    column_NL: Tensor | None  # where response token l is predicted; None: the last L + 1 … 2
+    column_NL: Tensor | None  # where response token l is predicted; None: the last L before the end
     token_NL: Tensor  # int64, response
     mask_NL: Tensor  # bool, response tokens of valid rollouts
     logp_NL: Tensor  # float32, as the engine stored them; NaN where offline data has none
@@ -76,7 +76,7 @@ def pad(block: Rollouts, device: str = "cpu") -> Padded:
 
     uniform = bool((prompt_N == prompt_N[0]).all() and (length_N == width).all())
     valid_N1 = (block.status_N == VALID)[:, None]
-    column_NL = np.minimum(prompt_N[:, None] + np.arange(width) - 1, input_NT.shape[1] - 1)
+    column_NL = np.minimum(prompt_N[:, None] + np.arange(width) - 1, input_NT.shape[1] - 2)
     derived = {n: spread(c, 0.0) for n, c in block.derived.items() if n.endswith("_K")}
     return Padded(
         input_NT=torch.from_numpy(input_NT).to(device),
@@ -94,11 +94,14 @@ def pad(block: Rollouts, device: str = "cpu") -> Padded:
 
 
 def conditionals(model: nn.Module, batch: Padded) -> Tensor:
-    """log π(· | prefix) before each response token, under the sampler's temperature, [N, L, V]."""
-    attention = None if batch.attention_NT is None else batch.attention_NT.long()
-    logits_NTV = model(batch.input_NT, attention_mask=attention, use_cache=False).logits
+    """log π(· | prefix) before each response token, under the sampler's temperature, [N, L, V].
+
+    The last column predicts nothing, so the network does not see it.
+    """
+    attention = None if batch.attention_NT is None else batch.attention_NT[:, :-1].long()
+    logits_NTV = model(batch.input_NT[:, :-1], attention_mask=attention, use_cache=False).logits
     if batch.column_NL is None:
-        logits_NLV = logits_NTV[:, -batch.token_NL.shape[1] - 1 : -1]
+        logits_NLV = logits_NTV[:, -batch.token_NL.shape[1] :]
     else:
         rows = torch.arange(len(logits_NTV), device=logits_NTV.device)[:, None]
         logits_NLV = logits_NTV[rows, batch.column_NL]

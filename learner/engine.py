@@ -72,6 +72,9 @@ class DeepSpeedEngine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._settings(ranks), dist_init_required=False
         )
+        if ranks == 1 and config.zero_stage == 0:
+            self.engine.enable_backward_allreduce = False  # nobody to share gradients with
+        self._parameters = list(self.engine.module.parameters())
         self._flat: np.ndarray | None = None
         self.writer = BackgroundWriter()
         self.engine.checkpoint_engine = self.writer
@@ -116,7 +119,7 @@ class DeepSpeedEngine:
         return bool(self.engine.was_step_applied())
 
     def _finite(self) -> bool:
-        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
         return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
 
     def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:

@@ -41,7 +41,8 @@ def initial_policy(config: Config) -> str:
     if config.policy.path:
         return config.policy.path
     bandit, length = config.policy.bandit, config.rollout.max_tokens
-    identity = json.dumps([asdict(bandit), length, torch.__version__], sort_keys=True)
+    shape = policy.bandit_architecture(bandit, length).to_json_string()
+    identity = json.dumps([asdict(bandit), shape, torch.__version__], sort_keys=True)
     name = "bandit-" + hashlib.sha256(identity.encode()).hexdigest()[:12]
     root = Path(config.policy.cache_dir or "~/.cache/onpolicy").expanduser()
     root.mkdir(parents=True, exist_ok=True)
