@@ -52,7 +52,8 @@ _GROUPS: dict[Bound, str] = {
         learner.updates learner.ranks rollout.vllm.max_sequences eval.samples
         rollout.concurrent_leases limits.failure_window cluster.threads
         objective.importance_cap checkpoint.keep limits.prompt_attempts
-        rollout.vllm.tensor_parallel""",
+        rollout.vllm.tensor_parallel length_data.mode length_data.sft length_data.pairs
+        length_data.layers length_data.heads length_data.width""",
     _ZERO_UP: """run.samples_per_round policy.bandit.seed prompts.count prompts.max_tokens
         replay.max_age replay.lag learner.micro_batch learner.warmup learner.weight_decay
         learner.max_grad_norm eval.every limits.actor_restarts cluster.actor_cpus
@@ -60,9 +61,11 @@ _GROUPS: dict[Bound, str] = {
         cluster.learner_cpus cluster.learner_gpus cluster.actor_gpus cluster.evaluator_gpus
         checkpoint.every checkpoint.seconds limits.backoff_seconds limits.learner_restarts
         limits.queue_restarts limits.evaluator_restarts""",
-    _FRACTION: "objective.quantile_start objective.quantile_end learner.beta1 learner.beta2",
+    _FRACTION: """objective.quantile_start objective.quantile_end learner.beta1 learner.beta2
+        length_data.prompt_effect""",
     _over_zero(1.0): "rollout.temperature",
-    _over_zero(0.4): "policy.bandit.scale",
+    _over_zero(0.4): "policy.bandit.scale length_data.spread",
+    _over_zero(4.0): "length_data.skew_mean",
     _over_zero(10.0): "reward.width",
     _over_zero(2e-4): "policy.bandit.fit_tolerance",
     _over_zero(0.02): "objective.tau",
@@ -77,6 +80,10 @@ _GROUPS: dict[Bound, str] = {
     _over_zero(900.0): "limits.stall_seconds",
     Bound(0, 1, open_low=True, open_high=True, inside=0.2): "objective.epsilon",
     Bound(0, 1, open_low=True, inside=0.5): "limits.failure_rate",
+    Bound(0, 1): "length_data.skewed",
+    Bound(2, 100): "length_data.longest",
+    Bound(1, 6144): "length_data.prompts",
+    Bound(16): "length_data.context",
     Bound(0, 1, open_low=True, inside=0.9): "rollout.vllm.gpu_memory_utilization",
     Bound(1, open_low=True, inside=2.0): "objective.mask_ratio",
     Bound(high=0): "objective.floor",

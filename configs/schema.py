@@ -23,6 +23,7 @@ from configs.choices import (
     Schedule,
     UpdateKind,
 )
+from configs.schema_length import LengthDataConfig
 from configs.schema_vllm import Transfer, VllmConfig
 
 
@@ -229,6 +230,7 @@ class Config:
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    length_data: LengthDataConfig = field(default_factory=LengthDataConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -2,12 +2,19 @@
 
 from configs.bounds import Rule, numbers_are_in_range
 from configs.rules_algorithm import ALGORITHM_RULES
+from configs.rules_data import DATA_RULES
 from configs.rules_gpu import GPU_RULES
 from configs.rules_system import SYSTEM_RULES
 from configs.schema import Config
 
 # In this order: a later rule may rely on what the earlier ones hold.
-RULES: tuple[Rule, ...] = (numbers_are_in_range, *ALGORITHM_RULES, *SYSTEM_RULES, *GPU_RULES)
+RULES: tuple[Rule, ...] = (
+    numbers_are_in_range,
+    *ALGORITHM_RULES,
+    *SYSTEM_RULES,
+    *DATA_RULES,
+    *GPU_RULES,
+)
 
 
 def check(config: Config) -> None:
