@@ -55,7 +55,8 @@ _GROUPS: dict[Bound, str] = {
         rollout.vllm.tensor_parallel length_data.mode length_data.sft length_data.pairs
         length_data.layers length_data.heads length_data.width""",
     _ZERO_UP: """run.samples_per_round policy.bandit.seed prompts.count prompts.max_tokens
-        replay.max_age replay.lag learner.micro_batch learner.warmup learner.weight_decay
+        replay.max_age replay.lag learner.micro_batch learner.micro_tokens
+        learner.warmup learner.weight_decay
         learner.max_grad_norm eval.every limits.actor_restarts cluster.actor_cpus
         rollout.vllm.kv_cache_gib
         cluster.learner_cpus cluster.learner_gpus cluster.actor_gpus cluster.evaluator_gpus

@@ -130,6 +130,13 @@ def micro_batch_fits(config: Config) -> None:
         raise ConfigError(key, micro, f"{problem}={c}", set_to(key, sizes))
 
 
+def packing_keeps_no_distributions(config: Config) -> None:
+    """Exact KL needs distributions laid out by rollout, which packed rows do not have."""
+    if config.learner.packing and config.learner.exact_kl:
+        fix = "set learner.packing=false or learner.exact_kl=false"
+        raise ConfigError("learner.packing", True, "keeps no distributions for exact KL", fix)
+
+
 def source_fits_objective(config: Config) -> None:
     """The objective may learn from `data.source` (Table 1)."""
     name, source = config.objective.name, config.data.source.name
@@ -217,6 +224,7 @@ ALGORITHM_RULES: tuple[Rule, ...] = (
     mask_ratio_is_read,
     every_rank_has_a_group,
     micro_batch_fits,
+    packing_keeps_no_distributions,
     source_fits_objective,
     reuse_fits_objective,
     quantiles_rise,

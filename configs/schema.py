@@ -145,6 +145,9 @@ class DataConfig:
 class LearnerConfig:
     minibatch: int = 100  # M, rollouts per optimizer step over all ranks
     micro_batch: int = 0  # rollouts per forward on one rank; 0: a rank's whole share
+    micro_tokens: int = 0  # and tokens, padding included, with similar lengths together; 0: any
+    packing: bool = False  # several sequences in a row of the forward
+    gradient_checkpointing: bool = False  # activations again in the backward: less memory, slower
     updates: int = 1000  # minibatches consumed; a skipped step uses one up
     lr: float = 1e-3
     schedule: RateSchedule = RateSchedule.constant
@@ -156,7 +159,9 @@ class LearnerConfig:
     ranks: int = 1
     zero_stage: int = 0
     precision: Precision = Precision.float32
-    exact_kl: bool | None = None  # exact conditionals; None: when they are small enough to keep
+    exact_kl: bool | None = (
+        None  # exact conditionals; None: when small enough to keep, and not packing
+    )
 
 
 @dataclass

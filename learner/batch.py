@@ -4,6 +4,7 @@ Shapes: N rollouts, T prompt and response columns, L response columns, V vocabul
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,13 @@ class Padded:
 
     def rows(self, start: int, stop: int) -> "Padded":
         """Rollouts start … stop − 1."""
-        cut = slice(start, stop)
+        return self._cut(slice(start, stop), self.keys[start:stop])
+
+    def take(self, place_N: np.ndarray) -> "Padded":
+        """The rollouts at these places, in this order, as copies; of the same width."""
+        return self._cut(place_N, [self.keys[place] for place in place_N])
+
+    def _cut(self, cut: Any, keys: list[RolloutKey]) -> "Padded":
         return Padded(
             self.input_NT[cut],
             None if self.attention_NT is None else self.attention_NT[cut],
@@ -43,9 +50,17 @@ class Padded:
             self.step_NL[cut],
             self.lineage_NL[cut],
             {name: column[cut] for name, column in self.derived_NL.items()},
-            self.keys[cut],
+            keys,
             self.temperature,
         )
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of each prompt, and of prompt and response together, [N] int64 each."""
+        whole = np.full(len(self.keys), self.input_NT.shape[1])
+        if self.attention_NT is None or self.column_NL is None:
+            return whole - self.token_NL.shape[1], whole
+        total_N = self.attention_NT.sum(1).cpu().numpy()
+        return self.column_NL[:, 0].cpu().numpy() + 1, total_N
 
     def versions(self) -> list[Version]:
         """The versions that made its tokens, oldest first."""

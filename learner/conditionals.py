@@ -21,11 +21,13 @@ LARGEST_BYTES = 256_000_000  # of distributions kept for one round, when `exact_
 
 
 def affordable(config: Config, vocabulary: int) -> bool:
-    """Whether `learner.exact_kl` holds: as set, else by the bytes that a round would take."""
+    """Whether `learner.exact_kl` holds: as set, else by the bytes that a round would take, and not
+    of packed rows, which have no distributions laid out by rollout."""
     if config.learner.exact_kl is not None:
         return config.learner.exact_kl
     values = config.replay.samples_per_round * config.rollout.max_tokens * vocabulary
-    return config.learner.zero_stage < 3 and 2 * 4 * values <= LARGEST_BYTES
+    affords = config.learner.zero_stage < 3 and not config.learner.packing
+    return affords and 2 * 4 * values <= LARGEST_BYTES
 
 
 class Conditionals:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from actors import policy
 from configs.choices import Precision, RateSchedule
@@ -58,10 +59,12 @@ class DeepSpeedEngine:
     """A network under DeepSpeed. Its own accumulation is 1: the caller marks the last micro-batch
     of a step and scales losses by ranks / global count, since DeepSpeed averages over ranks."""
 
-    def __init__(self, model: nn.Module, config: LearnerConfig, ranks: int) -> None:
+    def __init__(self, model: PreTrainedModel, config: LearnerConfig, ranks: int) -> None:
         import deepspeed
 
         self.config = config
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.Adam(
             model.parameters(),
             lr=config.lr,

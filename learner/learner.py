@@ -23,7 +23,9 @@ from learner.batch import Padded, conditionals, pad, token_logps, unpad
 from learner.cells import Cells, StepRecord, add
 from learner.conditionals import Conditionals, affordable
 from learner.engine import DeepSpeedEngine, learning_rate
+from learner.micro_batches import micro_batches
 from learner.objectives import load
+from learner.packing import check_boundaries, response_logps
 from learner.replay.records import Batch
 from learner.signals import Signals, signals
 from learner.stages.bandit import initial_policy
@@ -49,6 +51,8 @@ class Learner:
         if affordable(config, int(model.config.vocab_size)):
             scratch = self._frozen(path)
             self.conditionals = Conditionals(config, scratch, self.reference)
+        if config.learner.packing:
+            check_boundaries(self.reference, int(model.config.vocab_size))
         self.round = -1
         context = policy.context(config, model.config)
         self._probe_NT = probe.text(config.seed, int(model.config.vocab_size), context)
@@ -130,43 +134,38 @@ class Learner:
         self, batch: Batch, notes: Signals, count: int
     ) -> tuple[float, Cells, dict[str, np.ndarray]]:
         """Backward over the rank's slice in equally many micro-batches on every rank."""
-        rows = -(-self.config.groups_per_step // self.config.learner.ranks)
-        rows *= self.config.rollout.responses_per_prompt
-        size = self.config.learner.micro_batch or rows
-        starts = range(0, rows, size)
+        parts = micro_batches(batch.index, self.config, self.rank)
         loss, tables, columns = 0.0, [], []
         whole = pad(batch.block, str(self.engine.device)) if batch.block is not None else None
-        have = 0 if batch.block is None else len(batch.block.reward_N)
-        for start in starts:
-            last = start == starts[-1]
-            stop = min(start + size, have)
-            if whole is None or stop <= start:
+        for number, here in enumerate(parts, start=1):
+            last = number == len(parts)
+            if whole is None or not len(here):
                 self._fill_up(whole, last)
                 continue
-            part = whole.rows(start, stop)
-            here = slice(batch.first + start, batch.first + stop)
             value, table, derived = self._micro_batch(
-                part, notes.rows(here.start, here.stop), count, last,
+                whole.take(here - batch.first), notes.take(here), count, last,
                 np.where(batch.index.offline, -1, batch.index.age_M[here]),
                 batch.index.reuse_M[here],
             )  # fmt: skip
             loss += value
             tables.append(table)
             columns.append(derived)
-        return loss, add(tables), _packed(columns, batch.block)
+        order_N = np.concatenate(parts) - batch.first
+        return loss, add(tables), _packed(columns, order_N, batch.block)
 
     def _micro_batch(
         self, part: Padded, notes: Signals, count: int, last: bool, age_N: np.ndarray,
         reuse_N: np.ndarray,
     ) -> tuple[float, Cells, dict[str, Tensor]]:  # fmt: skip
-        now_NLV = conditionals(self.engine.engine, part)
-        logp_NL = token_logps(now_NLV, part)
-        logp_NL.retain_grad()
-        detached_NLV = now_NLV.detach()
         reference_NL, reference_NLV = self._reference(part)
-        generator_NLV = None
-        if self.conditionals is not None:
+        generator_NLV = detached_NLV = None
+        if self.conditionals is None:
+            logp_NL = response_logps(self.engine.engine, part, self.config.learner.packing)
+        else:
+            now_NLV = conditionals(self.engine.engine, part)
+            logp_NL, detached_NLV = token_logps(now_NLV, part), now_NLV.detach()
             generator_NLV = self.conditionals.of_generator(part, self.version, detached_NLV)
+        logp_NL.retain_grad()
         known = not bool(torch.isnan(part.logp_NL).any())
         derived = {REFERENCE: reference_NL}
         if self.config.objective.proximal is Proximal.first_use:
@@ -201,7 +200,7 @@ class Learner:
         if REFERENCE in part.derived_NL:
             return part.derived_NL[REFERENCE], reference_NLV
         if reference_NLV is None:
-            return token_logps(conditionals(self.reference, part), part), None
+            return response_logps(self.reference, part, self.config.learner.packing), None
         return token_logps(reference_NLV, part), reference_NLV
 
     def _samples(self, batch: Batch) -> list[dict[str, Any]]:
@@ -224,12 +223,19 @@ class Learner:
         return done == self.config.learner.updates or (every > 0 and done % every == 0)
 
 
-def _packed(columns: list[dict[str, Tensor]], block: Rollouts | None) -> dict[str, np.ndarray]:
-    """The micro-batches' derived columns, of those that the block does not bring already."""
+def _packed(
+    columns: list[dict[str, Tensor]], order_N: np.ndarray, block: Rollouts | None
+) -> dict[str, np.ndarray]:
+    """The micro-batches' derived columns, of those that the block does not bring already.
+
+    order_N: the place in the block of each of their rollouts.
+    """
     if block is None or not columns:
         return {}
     new = [name for name in columns[0] if name not in block.derived]
-    return {name: unpad(torch.cat([c[name] for c in columns]), block.length_N) for name in new}
+    back = torch.from_numpy(np.argsort(order_N))
+    whole = {name: torch.cat([c[name] for c in columns]).cpu()[back] for name in new}
+    return {name: unpad(value_NL, block.length_N) for name, value_NL in whole.items()}
 
 
 def _describe(index: Any) -> dict[str, Any]:

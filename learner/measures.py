@@ -21,14 +21,14 @@ def measure(
     gradient_NL: Tensor,
     age_N: np.ndarray,
     reuse_N: np.ndarray,
-    conditionals: tuple[Tensor, Tensor | None, Tensor | None],
+    conditionals: tuple[Tensor | None, Tensor | None, Tensor | None],
     objective: ObjectiveConfig,
 ) -> Cells:
     """Sums over one micro-batch by (age, reuse).
 
-    gradient_NL: ∂loss/∂log π_θ(token). conditionals: log-distributions [N, L, V] of π_θ, and of
-    π_gen and π_ref where known; with them KL is exact at each prefix, else estimated from the
-    sampled tokens. objective: whose clipping, masking and pairs are counted, if it has any.
+    gradient_NL: ∂loss/∂log π_θ(token). conditionals: log-distributions [N, L, V] of π_θ, π_gen
+    and π_ref where known; with π_θ's and another KL is exact at each prefix, else estimated from
+    the sampled tokens. objective: whose clipping, masking and pairs are counted, if it has any.
     """
     valid_N, mask_NL = inputs.valid_N, inputs.mask_NL
     columns: dict[str, Tensor] = {
@@ -50,19 +50,19 @@ def measure(
 
 
 def _per_token(
-    inputs: LossInputs, conditionals: tuple[Tensor, Tensor | None, Tensor | None]
+    inputs: LossInputs, conditionals: tuple[Tensor | None, Tensor | None, Tensor | None]
 ) -> dict[str, Tensor]:
     """Each divergence at each prefix, [N, L]: exact where distributions are known."""
     now_NLV, generator_NLV, reference_NLV = conditionals
     logp, gen, ref = inputs.logp_NL, inputs.generator_logp_NL, inputs.reference_logp_NL
     mask, out = inputs.mask_NL, {}
-    if generator_NLV is not None:
+    if now_NLV is not None and generator_NLV is not None:
         out["kl_to_generator"] = divergence.exact_kl(now_NLV, generator_NLV, mask)
         out["kl_from_generator"] = divergence.exact_kl(generator_NLV, now_NLV, mask)
     elif gen is not None:
         out["kl_to_generator"] = divergence.kl_to_generator(logp, gen, mask)
         out["kl_from_generator"] = divergence.kl_from_generator(logp, gen, mask)
-    if reference_NLV is not None:
+    if now_NLV is not None and reference_NLV is not None:
         out["kl_to_reference"] = divergence.exact_kl(now_NLV, reference_NLV, mask)
     elif gen is not None and ref is not None:
         out["kl_to_reference"] = divergence.kl_to_reference(logp, gen, ref, mask)

@@ -46,6 +46,10 @@ class Signals:
         """Rollouts start … stop − 1, as views."""
         return Signals(self.members, **{k: v[start:stop] for k, v in self._columns().items()})
 
+    def take(self, place_N: np.ndarray) -> "Signals":
+        """The rollouts at these places, in this order; groups stay whole where the loss has any."""
+        return Signals(self.members, **{k: v[place_N] for k, v in self._columns().items()})
+
     def loss_inputs(
         self,
         logp_NL: Tensor,

@@ -43,6 +43,10 @@ class Held:
         first = self.place * self.block.members
         return int(self.block.offset_N1[first + self.block.members] - self.block.offset_N1[first])
 
+    @property
+    def prompt_tokens(self) -> int:
+        return int(np.diff(self.block.prompt_offset_G1[self.place : self.place + 2])[0])
+
     def columns(self) -> Rollouts:
         """The group as a block of its own, of views, with what the learner derived."""
         columns = self.block.select(self.place, self.place + 1)
@@ -63,7 +67,8 @@ class Index:
     reward_M: np.ndarray
     label_M: np.ndarray
     valid_M: np.ndarray  # bool
-    length_M: np.ndarray
+    prompt_M: np.ndarray  # tokens of the prompt
+    length_M: np.ndarray  # of the response
     truncated_M: np.ndarray  # bool
     age_M: np.ndarray  # int64; meaningless where offline
     reuse_M: np.ndarray  # this consumption included
@@ -100,6 +105,7 @@ def index(held: Sequence[Held], reuse: Sequence[np.ndarray], step: int, offline:
         reward_M=column([h.rows("reward_N") for h in held], np.float32),
         label_M=column([h.rows("label_N") for h in held], np.int8),
         valid_M=column([h.valid_C for h in held], bool),
+        prompt_M=column([np.full(len(h.valid_C), h.prompt_tokens) for h in held], np.int64),
         length_M=column([lengths(h) for h in held], np.int64),
         truncated_M=column([h.rows("truncated_N") for h in held], bool),
         age_M=column([step - h.oldest_C for h in held], np.int64),

@@ -55,6 +55,8 @@ BROKEN = [
     ("every_rank_has_a_group", "learner.ranks=11", "learner.ranks", "learner.ranks=10"),
     ("micro_batch_fits", "learner.micro_batch=110", "learner.micro_batch", "micro_batch=100"),
     ("micro_batch_fits", "learner.micro_batch=15", "learner.micro_batch", "=10 or 20"),
+    ("packing_keeps_no_distributions", "learner.packing=true learner.exact_kl=true",
+     "learner.packing", "learner.exact_kl=false"),
     ("source_fits_objective", "objective.name=pref_ft", "data.source", "data.source=offline"),
     ("source_fits_objective", "objective.name=ppo data.source=offline", "data.source",
      "data.source=on_policy"),
