@@ -2,7 +2,7 @@
 
 Objectives read these columns, the learner divides by their counts. Everything comes from small
 columns over the whole minibatch and the round's rewards, so that every rank has the same numbers
-however the minibatch is cut. Shapes: M rollouts = G groups of C consecutive members; after `rows`,
+however the minibatch is cut. Shapes: M rollouts = G groups of C consecutive members; after `take`,
 N of them.
 """
 
@@ -41,10 +41,6 @@ class Signals:
             return int(pair_masks(self.score_N, self.valid_N, self.members).sum())
         column = {"rollout": "valid", "group": "best", "selected": "selected", "good": "good"}[per]
         return int(getattr(self, f"{column}_N").sum())
-
-    def rows(self, start: int, stop: int) -> "Signals":
-        """Rollouts start … stop − 1, as views."""
-        return Signals(self.members, **{k: v[start:stop] for k, v in self._columns().items()})
 
     def take(self, place_N: np.ndarray) -> "Signals":
         """The rollouts at these places, in this order; groups stay whole where the loss has any."""

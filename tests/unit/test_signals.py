@@ -99,10 +99,10 @@ def test_first_of_equals_is_best_and_failed_members_never_are() -> None:
 
 def test_rows_are_the_slice_of_every_column() -> None:
     s = make_signals([0.1, 0.9, 0.3, 0.5, 0.5, 0.2, 0.8, 0.4])
-    part = s.rows(4, 8)
+    part = s.take(np.arange(4, 8))
     assert part.best_N.tolist() == [False, False, True, False] and part.count("pair") == 6
     torch.testing.assert_close(part.standardised_N, s.standardised_N[4:])  # still the round's
-    assert s.rows(0, 4).count("pair") + part.count("pair") == s.count("pair")
+    assert s.take(np.arange(4)).count("pair") + part.count("pair") == s.count("pair")
 
 
 def test_a_reward_at_the_quantile_is_selected() -> None:
