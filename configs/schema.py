@@ -24,6 +24,7 @@ from configs.choices import (
     UpdateKind,
 )
 from configs.schema_length import LengthDataConfig
+from configs.schema_stages import StageConfig
 from configs.schema_vllm import Transfer, VllmConfig
 
 
@@ -237,6 +238,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     length_data: LengthDataConfig = field(default_factory=LengthDataConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    sft: StageConfig = field(default_factory=StageConfig)
+    reward_model: StageConfig = field(default_factory=StageConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)

@@ -80,6 +80,11 @@ class BackgroundWriter(CheckpointEngine):
         self._result.result()
         return True
 
+    def wait(self) -> None:
+        """Until the last flush is written; OSError where the disk refused it."""
+        if self._result is not None:
+            self._result.result()
+
 
 def _copied(node: Any) -> Any:
     """The state with every tensor copied to the host."""

@@ -1,0 +1,29 @@
+"""Settings of the supervised stages that come before preference fine-tuning."""
+
+from dataclasses import dataclass
+
+from configs.choices import RateSchedule
+
+
+@dataclass
+class StageConfig:
+    """One stage: SFT on rows of prompt and response, or a reward model on pairs of responses.
+
+    Ranks, ZeRO stage, precision and Adam's betas are those of `learner`. An epoch's examples are
+    shared out evenly among ⌈examples / minibatch⌉ steps, so that none is left out.
+    """
+
+    path: str = ""  # JSONL or Parquet; sft: prompt and response, as text or ids; else preferences
+    model: str = ""  # a directory or hub name to begin with; empty: policy.path
+    epochs: int = 1
+    minibatch: int = 64  # examples (rows, or pairs) per optimizer step at most, over all ranks
+    micro_batch: int = 0  # examples per forward on one rank; 0: a rank's whole share
+    lr: float = 1e-5
+    schedule: RateSchedule = RateSchedule.linear
+    warmup: int = 0  # steps
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # 0: no clipping
+    max_tokens: int = 0  # of prompt and response; longer rows are dropped; 0: the context
+    held_out: float = 0.1  # share of the distinct prompts whose rows are not trained on
+    eval_every: int = 0  # steps; 0: only before the first and after the last
+    pad_token: str = ""  # by its text; empty: the tokenizer's own, else config.json's
