@@ -37,10 +37,11 @@ class Lease:
 
 
 class Scores(Protocol):
-    """Rewards [n] float32, NaN exactly where `failures` states why there is none."""
+    """Rewards [n] float32, NaN exactly where `failures` states why there is none; and whose."""
 
     reward: np.ndarray
     failures: dict[int, str]
+    identity: str
 
 
 class RewardClient(Protocol):
@@ -135,6 +136,6 @@ def score(block: Rollouts, rewards: RewardClient, timeout_s: float) -> None:
     prompts = [block.prompt(group).tolist() for group in range(block.groups)]
     asked = [prompts[n // block.members] for n in wanted]
     scores = rewards.score(asked, [block.response(n).tolist() for n in wanted], timeout_s)
-    block.reward_N[wanted] = scores.reward
+    block.scored(wanted, scores.reward, scores.identity)
     for place, why in scores.failures.items():
         block.fail(int(wanted[place]), REWARD_FAILED, why)

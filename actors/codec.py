@@ -11,12 +11,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from actors.rollout import STATUS_NAMES, VALID, Rollouts
+from actors.rollout import STATUS_NAMES, UNSCORED, VALID, Rollouts
 from configs.errors import one_line
 
 _ARRAY = "__array__"
 _TREE = "tree"
-_ROLLOUT_SCALARS = ("members", "temperature")
+_ROLLOUT_SCALARS = ("members", "temperature", "scorers")
 _KINDS = {"reward_N": "f", "logp_K": "f", "truncated_N": "b"}  # of arrays; others are integers
 
 
@@ -108,9 +108,13 @@ def _fits_together(block: Rollouts) -> bool:
         and members > 0
         and n == members * block.groups
         and type(block.temperature) in (int, float)
+        and isinstance(block.scorers, list)
+        and all(isinstance(name, str) for name in block.scorers)
+        and UNSCORED in block.scorers
         and all(isinstance(c, np.ndarray) and c.ndim == 1 for c in columns.values())
         and all(c.dtype.kind in _KINDS.get(name, "iu") for name, c in columns.items())
         and all(len(c) == sizes[name.rpartition("_")[2]] for name, c in columns.items())
+        and set(block.scorer_N.tolist()) <= set(range(len(block.scorers)))
         and all(part[0] == 0 and bool((np.diff(part) >= 0).all()) for part in offsets)
         and {block.status_N[i] for i in failed} <= STATUS_NAMES.keys()
         and block.failures.keys() == failed

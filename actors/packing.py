@@ -31,6 +31,7 @@ def pack(
         status_N=np.full(n, VALID, dtype=np.uint8),
         truncated_N=np.zeros(n, dtype=bool),
         label_N=np.full(n, UNLABELLED, dtype=np.int8),
+        scorer_N=np.zeros(n, dtype=np.uint8),
         temperature=temperature,
     )
 

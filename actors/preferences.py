@@ -142,6 +142,7 @@ def to_rollouts(
         status_N=np.full(count, VALID, dtype=np.uint8),
         truncated_N=np.zeros(count, dtype=bool),
         label_N=np.concatenate([group.labels_C for group in groups]).astype(np.int8),
+        scorer_N=np.zeros(count, dtype=np.uint8),
         temperature=temperature,
     )
 

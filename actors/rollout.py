@@ -16,6 +16,7 @@ STATUS_NAMES = {GENERATION_FAILED: "generation_failed", REWARD_FAILED: "reward_f
 
 OFFLINE_STEP = -1
 UNLABELLED = -1
+UNSCORED = ""  # no reward, or one that came with the data
 
 
 class Version(NamedTuple):
@@ -55,6 +56,8 @@ class Rollouts:
     status_N: np.ndarray  # uint8, VALID or a failure
     truncated_N: np.ndarray  # bool, stopped by the token limit where an end token exists
     label_N: np.ndarray  # int8, 1 preferred or good, 0 not, −1 unlabelled
+    scorer_N: np.ndarray  # uint8, whose the reward is: place in `scorers`
+    scorers: list[str] = field(default_factory=lambda: [UNSCORED])  # identities of rewards
     temperature: float = 1.0
     failures: dict[int, str] = field(default_factory=dict)  # rollout → what went wrong
     derived: dict[str, np.ndarray] = field(default_factory=dict)  # learner's columns, over N or K
@@ -92,10 +95,22 @@ class Rollouts:
         np.minimum.at(oldest, owner, self.step_K)
         return np.where(self.length_N > 0, oldest, OFFLINE_STEP)
 
+    def scored(self, rollouts: np.ndarray, reward: np.ndarray, identity: str) -> None:
+        """Enter the rewards of these rollouts, all from the scorer with this identity."""
+        if identity not in self.scorers:
+            self.scorers = [*self.scorers, identity]
+        self.reward_N[rollouts] = reward
+        self.scorer_N[rollouts] = self.scorers.index(identity)
+
+    def scorer(self, rollout: int) -> str:
+        """The identity of what scored a rollout, or UNSCORED."""
+        return self.scorers[self.scorer_N[rollout]]
+
     def fail(self, rollout: int, status: int, why: str) -> None:
         """State a failure of one rollout."""
         self.status_N[rollout] = status
         self.reward_N[rollout] = np.nan
+        self.scorer_N[rollout] = self.scorers.index(UNSCORED)
         self.failures[rollout] = why
 
     def select(self, start: int, stop: int) -> "Rollouts":
@@ -110,6 +125,7 @@ class Rollouts:
             members=self.members,
             prompt_offset_G1=self.prompt_offset_G1[start : stop + 1] - p0,
             offset_N1=self.offset_N1[n0 : n1 + 1] - k0,
+            scorers=self.scorers,
             temperature=self.temperature,
             failures={r - n0: why for r, why in self.failures.items() if n0 <= r < n1},
             derived=derived,
@@ -131,15 +147,24 @@ def concatenate(blocks: list[Rollouts]) -> Rollouts:
         return first
     shared = set(first.derived).intersection(*(b.derived for b in blocks[1:]))
     starts = np.cumsum([0] + [len(b.reward_N) for b in blocks])
+    scorers = list(dict.fromkeys(name for b in blocks for name in b.scorers))
+    columns = {name: np.concatenate([getattr(b, name) for b in blocks]) for name in _COLUMNS}
+    columns["scorer_N"] = np.concatenate([_places(b, scorers)[b.scorer_N] for b in blocks])
     return Rollouts(
         members=first.members,
         prompt_offset_G1=_join_offsets([b.prompt_offset_G1 for b in blocks]),
         offset_N1=_join_offsets([b.offset_N1 for b in blocks]),
+        scorers=scorers,
         temperature=first.temperature,
         failures={int(s) + r: w for s, b in zip(starts, blocks) for r, w in b.failures.items()},
         derived={n: np.concatenate([b.derived[n] for b in blocks]) for n in sorted(shared)},
-        **{name: np.concatenate([getattr(b, name) for b in blocks]) for name in _COLUMNS},
+        **columns,
     )
+
+
+def _places(block: Rollouts, scorers: list[str]) -> np.ndarray:
+    """Where each of a block's scorers is among `scorers`."""
+    return np.array([scorers.index(name) for name in block.scorers], dtype=np.uint8)
 
 
 def offsets(lengths: list[int] | np.ndarray) -> np.ndarray:

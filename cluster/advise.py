@@ -46,7 +46,7 @@ class Problem:
     name: str
     given: advice.Given
     config: Config
-    reward: rewards.Reward
+    reward: rewards.InProcess
     prompts: list[Prompt]
     data: list[OfflineGroup]
     samples: int
@@ -91,7 +91,7 @@ def open_problem(source: str, settings: Sequence[str]) -> Problem:
     if is_data:
         preset, rest = FOR_DATA, [f"data.path={source}", *rest]
     config = prepare(preset, rest)
-    reward, data = rewards.load(config.reward), []
+    reward, data = rewards.InProcess(config.reward), []
     if config.data.path:
         vocabulary, longest = inputs.limits(config)
         data = read(config.data.path, None, vocabulary, longest, config.rollout.max_tokens)
@@ -156,7 +156,7 @@ def _spaced(rows: list, most: int) -> list:  # type: ignore[type-arg]
 def _title(asked: str, problem: Problem, drawn: Samples, seconds: float) -> str:
     count, prompts = sum(map(len, drawn.rewards)), len(drawn.rewards)
     failed = f", {drawn.failed:,} more without a reward" if drawn.failed else ""
-    reward = rewards.describe(problem.config.reward)
+    reward = problem.reward.identity
     to = f"{prompts} prompt{'s' if prompts > 1 else ''}"
     return (
         f"{asked}: {count:,} responses of π_ref to {to}{failed}, reward {reward}, {seconds:.1f} s"
@@ -188,7 +188,7 @@ def sample(problem: Problem) -> Samples:
     step = max(1, ROWS // config.rollout.responses_per_prompt)
     parts = [requests[i : i + step] for i in range(0, len(requests), step)]
     block = concatenate([engine.generate(part, "advise") for part in parts])
-    score(block, InProcess(problem.reward, config.reward.batch), 0.0)
+    score(block, problem.reward, 0.0)
     owner_N = np.repeat(block.position_G % count, block.members)
     valid_N, logp_N = block.status_N == VALID, _mean_logps(block)
     picks = [np.flatnonzero(valid_N & (owner_N == prompt)) for prompt in range(count)]
@@ -200,21 +200,6 @@ def sample(problem: Problem) -> Samples:
         int((~valid_N).sum()),
         next(iter(block.failures.values()), ""),
     )
-
-
-class InProcess:
-    """The reward without its service."""
-
-    def __init__(self, reward: rewards.Reward, batch: int) -> None:
-        self.reward, self.batch = reward, batch
-
-    def score(
-        self, prompts: list[list[int]], responses: list[list[int]], timeout_s: float
-    ) -> rewards.Scores:
-        cuts = [slice(i, i + self.batch) for i in range(0, len(responses), self.batch)]
-        return rewards.concatenate(
-            [rewards.score_safely(self.reward, prompts[cut], responses[cut]) for cut in cuts]
-        )
 
 
 def _weights(config: Config) -> np.ndarray:

@@ -6,6 +6,7 @@ import ray
 
 from cluster.remote import spawn
 from configs.schema import Config
+from reward_server.rewards import describe
 from reward_server.service import RewardService, deploy
 
 REST_SECONDS = 10.0  # for a process to let go of what it held
@@ -52,12 +53,12 @@ class Crew:
                 ray.kill(worker)
 
     def rewards(self, config: Config, run: str) -> RewardService:
-        """The reward service of a run; where it is kept, one for each `reward` section."""
-        limits, kind = config.limits, repr(config.reward)
+        """The reward service of a run; where it is kept, one for each reward and its settings."""
+        limits, kind = config.limits, f"{config.reward} {describe(config.reward)}"
         if kind not in self._services:
             service = deploy(
                 config.reward, f"reward-{run}", limits.startup_seconds, limits.wait_seconds,
-                config.cluster.threads,
+                config.cluster.threads, config.cluster.reward_gpus,
             )  # fmt: skip
             if not self.keep:
                 return service

@@ -128,7 +128,9 @@ def gpus_wanted(config: Config) -> float:
     """GPUs of all ranks and actors and of the evaluator together."""
     shares = config.cluster
     ranks, actors = config.learner.ranks, config.rollout.actors
-    return shares.learner_gpus * ranks + shares.actor_gpus * actors + shares.evaluator_gpus
+    scorers = config.reward.replicas * shares.reward_gpus
+    trained = shares.learner_gpus * ranks
+    return trained + shares.actor_gpus * actors + shares.evaluator_gpus + scorers
 
 
 def gpus(config: Config) -> Answer:

@@ -19,17 +19,23 @@ from cluster import inputs
 from configs.schema import Config
 from learner.batch import conditionals, pad, token_logps
 from learner.divergence import kl_to_reference
+from reward_server.rewards import InProcess
 
 GROUPS_AT_ONCE = 64
 
 
 class Evaluator:
-    """Runs as a Ray actor. `start` gives it π_ref, which is version 0."""
+    """Runs as a Ray actor. `start` gives it π_ref, which is version 0.
 
-    def __init__(self, config: Config) -> None:
+    gold: the identity of the gold reward, empty where there is none, which it loads into this
+    process; RuntimeError where the files here have another.
+    """
+
+    def __init__(self, config: Config, gold: str = "") -> None:
         self.config = config
         self.engine = TorchEngine(config)
         self.prompts = inputs.prompts(config)
+        self.gold = InProcess(config.gold, identity=gold) if gold else None
 
     def start(self, rewards: RewardClient, initial: np.ndarray) -> None:
         """Take the reward service and π_ref's weights."""
@@ -40,7 +46,8 @@ class Evaluator:
         torch.nn.Module.to(self.reference, self.engine.device)
 
     def evaluate(self, version: Version, weights: np.ndarray, number: int) -> dict[str, Any]:
-        """reward_eval, its standard error, response length and KL to π_ref of fresh rollouts.
+        """reward_eval, its standard error, response length and KL to π_ref of fresh rollouts, and
+        reward_gold with its standard error of the same ones.
 
         number: of the evaluation in this run; each has draws of its own.
         """
@@ -58,7 +65,23 @@ class Evaluator:
             "eval_failures": int((~valid).sum()),
             "eval_length": float(block.length_N.mean()),
             "eval_kl_to_reference": self._kl_to_reference(block),
+            **self._gold(block, np.flatnonzero(valid)),
         }
+
+    def _gold(self, block: Rollouts, rollouts: np.ndarray) -> dict[str, Any]:
+        """The gold reward of these rollouts; absent where there is none, or all failed."""
+        if self.gold is None:
+            return {}
+        prompts = [block.prompt(n // block.members).tolist() for n in rollouts]
+        scores = self.gold.score(prompts, [block.response(n).tolist() for n in rollouts])
+        known = scores.reward[~np.isnan(scores.reward)]
+        failed: dict[str, Any] = {"gold_failures": len(scores.failures)}
+        if scores.failures:
+            failed["gold_failure"] = next(iter(scores.failures.values()))
+        if not len(known):
+            return failed
+        error = float(known.std() / np.sqrt(len(known)))
+        return {"reward_gold": float(known.mean()), "reward_gold_error": error, **failed}
 
     def _rollouts(self, positions: range, stream: str) -> Rollouts:
         """Scored groups for the prompts at these positions."""

@@ -11,6 +11,7 @@ from actors.rollout import Version
 from cluster.crew import Crew
 from cluster.restarts import Restarts, reason
 from configs.schema import Config
+from reward_server.rewards import describe
 
 
 @dataclass
@@ -33,13 +34,16 @@ class Evaluations:
             "the evaluator", "limits.evaluator_restarts", limits.evaluator_restarts,
             limits.backoff_seconds,
         )  # fmt: skip
+        self._gold = describe(config.gold)
         self.asked = 0  # so far; each has draws of its own
         self._calls: dict[Any, _Asked] = {}
         self.evaluator = self._spawn()
 
     def _spawn(self) -> Any:
         gpus = self.config.cluster.evaluator_gpus
-        return self.crew.spawn("cluster.evaluate:Evaluator", self.config, num_cpus=0, num_gpus=gpus)
+        return self.crew.spawn(
+            "cluster.evaluate:Evaluator", self.config, self._gold, num_cpus=0, num_gpus=gpus
+        )
 
     def start(self, rewards: RewardClient, reference: Any) -> None:
         """Give it the reward service and π_ref's weights. Evaluations queue up behind that."""

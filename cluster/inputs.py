@@ -10,12 +10,11 @@ import numpy as np
 from actors.preferences import OfflineGroup, read
 from actors.prompts import PromptStream
 from actors.rollout import UNLABELLED
-from cluster import doctor_machine
+from cluster import doctor_machine, reward_inputs
 from configs.choices import DataSource, EngineKind, Precision
 from configs.errors import ConfigError
 from configs.rules_system import VLLM_CPU_HEADS
 from configs.schema import Config
-from reward_server.rewards import load
 
 GIB = 2**30
 BLOCK_SIZE = 32  # as in actors.vllm_process, whose import brings torch
@@ -93,7 +92,7 @@ def check(config: Config) -> None:
     prompts(config)
     if config.data.source is DataSource.offline and config.data.path:
         offline_data(config, config.data.path)
-    load(config.reward)
+    reward_inputs.check(config, limits(config).vocabulary)
 
 
 def vllm_can_serve(config: Config) -> None:

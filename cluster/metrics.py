@@ -46,6 +46,7 @@ METRICS = (
     Metric("loss", "", "mean of the objective's terms"),
     Metric("reward_mean", "", "mean reward of the minibatch's valid rollouts (training samples)"),
     Metric("reward_eval", "", "mean reward of fresh rollouts of the weights after this step"),
+    Metric("reward_gold", "", "mean gold reward of those same rollouts; where gold.kind is set"),
     Metric("response_length", "tokens", "mean length of the minibatch's responses"),
     Metric("truncated_fraction", "fraction", "responses stopped by the token limit"),
     Metric("queue_depth", "rollouts", "queued when the batch was frozen"),

@@ -83,6 +83,7 @@ class _State:
         age = f"{number(_mean([age['mean'] for age in ages]))} (max {oldest})"
         shown = [
             ("reward eval", number(last.get("reward_eval"))),
+            *([("gold", number(last["reward_gold"]))] if "reward_gold" in last else []),
             ("training", number(last.get("reward_mean"))),
             ("KL to generator", number(_mean(kls))),
             ("age", age if ages else wording.ABSENT),
@@ -206,8 +207,10 @@ def summary_table(summary: dict[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column(Text(str(of.get("name") or "run")), no_wrap=True)
     table.add_column(Text(str(of.get("status") or wording.ABSENT)), overflow="fold")
+    gold = wording.change(of, "reward_gold_initial", "reward_gold")
     rows = {
-        "reward (evaluation)": wording.change(of),
+        "reward (evaluation)": wording.change(of, "reward_initial", "reward_eval"),
+        **({} if of.get("reward_gold") is None else {"gold (evaluation)": gold}),
         "reward (training)": number(of.get("reward_mean")),
         "updates": f"{number(of.get('updates'))}{skipped} in "
         f"{wording.duration(of.get('wall_seconds'))}",

@@ -48,7 +48,7 @@ def render(run: report_data.Run) -> str:
         balanced=wording.balanced(ledger),
         rates=_rates(run.summary),
         samples=[report_tables.readable(sample) for sample in run.samples],
-        environment=report_tables.flatten(run.environment),
+        environment=report_tables.flatten(run.environment | _scorers(run.summary)),
     )
 
 
@@ -75,7 +75,12 @@ def _tiles(run: report_data.Run) -> list[tuple[str, str, str]]:
             str(of.get("status") or "no summary"),
             "" if run.complete else "going or killed",
         ),
-        ("reward_eval", wording.change(of), f"training mean {number(of.get('reward_mean'))}"),
+        (
+            "reward_eval",
+            wording.change(of, "reward_initial", "reward_eval"),
+            f"training mean {number(of.get('reward_mean'))}",
+        ),
+        *_gold(of),
         ("updates", number(of.get("updates")), skipped),
         ("wall time", wording.duration(of.get("wall_seconds")), ""),
         ("age", _most(of, "age"), wording.mean_max(of, "age")),
@@ -84,6 +89,20 @@ def _tiles(run: report_data.Run) -> list[tuple[str, str, str]]:
         ("KL to reference", number(of.get("kl_to_reference")), "nats per token, at the end"),
         ("ESS", number(of.get("ess")), "fraction of samples"),
     ]
+
+
+def _gold(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The gold reward's tile, where there is a gold reward."""
+    if summary.get("reward_gold") is None:
+        return []
+    value = wording.change(summary, "reward_gold_initial", "reward_gold")
+    return [("reward_gold", value, "of the same rollouts, not trained on")]
+
+
+def _scorers(summary: dict[str, Any]) -> dict[str, Any]:
+    """Identities of the reward and of the gold reward."""
+    known = {name: wording.part(summary, name).get("identity") for name in ("reward", "gold")}
+    return {name: identity for name, identity in known.items() if identity}
 
 
 def _most(summary: dict[str, Any], name: str) -> str:

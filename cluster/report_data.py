@@ -17,10 +17,12 @@ from yaml import YAMLError
 from cluster.report_tables import merge
 
 SCALARS = (
-    "step", "reward_mean", "reward_eval", "reward_eval_error", "kl_to_generator",
+    "step", "reward_mean", "reward_eval", "reward_eval_error", "reward_gold",
+    "reward_gold_error", "kl_to_generator",
     "kl_from_generator", "kl_to_reference", "eval_kl_to_reference", "loss", "ess",
 )  # fmt: skip
 AVERAGED = ("reward_mean", "kl_to_generator", "kl_from_generator", "ess")
+_LAST = ("reward_eval", "reward_gold", "kl_to_reference")
 FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "environment.json")
 SAMPLES = 24  # rollouts shown
 
@@ -170,7 +172,7 @@ class _Tally:
         }
         return {
             "updates": batch + 1 if isinstance(batch, int) else self.last.get("step"),
-            **{k: known[k][-1] if known[k] else None for k in ("reward_eval", "kl_to_reference")},
+            **{k: known[k][-1] if known[k] else None for k in _LAST},
             "ledger": ledger if retired is not None else None,
             "age": _describe(self.counts["age"]),
             "reuse": _describe(self.counts["reuse"]),

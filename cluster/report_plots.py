@@ -47,6 +47,7 @@ def plots(run: Run) -> list[Plot]:
     window = run.steps_per_round or max(1, len(history["step"]) // 50)
     return [
         _reward(history, run.summary.get("reward_initial"), window),
+        *_gold(history, run.summary),
         _generator(history, window),
         _trade_off(history, run.summary.get("reward_initial")),
         _histogram("Age at consumption", "age (optimizer steps)", run.summary.get("age"),
@@ -80,6 +81,29 @@ def _reward(history: dict[str, Any], initial: float | None, window: int) -> Plot
     legend = (("reward_eval", "first"), ("reward_mean (training)", "second"))
     note = "" if np.isfinite(history["reward_eval"]).any() else "No evaluation in this run yet."
     return Plot("Reward", _svg("reward", paint), legend, note)
+
+
+def _gold(history: dict[str, Any], summary: dict[str, Any]) -> list[Plot]:
+    """Proxy and gold reward, each on an axis of its own; nothing where there is no gold reward."""
+    pairs = ("reward_eval", "reward_initial", FIRST), ("reward_gold", "reward_gold_initial", SECOND)
+    known = [np.isfinite(history[name]) for name, *_ in pairs]
+    if not known[1].any():
+        return []
+
+    def paint(axes: Axes) -> None:
+        for side, (name, start, colour), have in zip((axes, axes.twinx()), pairs, known):
+            x, y, e = (history[column][have] for column in ("step", name, f"{name}_error"))
+            if (first := summary.get(start)) is not None:
+                x, y, e = np.r_[0.0, x], np.r_[float(first), y], np.r_[np.nan, e]
+            side.errorbar(x, y, np.nan_to_num(e), color=colour, marker="o", markersize=3,
+                          elinewidth=0.7)  # fmt: skip
+            side.set_ylabel(name, color=colour)
+            side.spines["right"].set_visible(side is not axes)
+        axes.set_xlabel("step")
+
+    legend = (("reward_eval (proxy), left", "first"), ("reward_gold, right", "second"))
+    note = "Trained on the proxy alone: where it rises and gold falls, it is over-optimised."
+    return [Plot("Proxy and gold reward", _svg("gold", paint), legend, note)]
 
 
 def _generator(history: dict[str, Any], window: int) -> Plot:

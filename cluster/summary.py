@@ -105,11 +105,15 @@ def _cells_from(tree: list[Any]) -> cells.Cells:
 def summarise(
     config: Config, preset: str, name: str, status: str, failure: str | None, tally: Tally,
     queue: dict[str, Any], wall_seconds: float, recovery: dict[str, Any],
+    identities: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
-    """summary.json: KL to the generator is the run's mean, KL to π_ref the last batch's."""
+    """summary.json: KL to the generator is the run's mean, KL to π_ref the last batch's.
+
+    identities: of `reward` and `gold`, the latter empty where there is none.
+    """
     whole = cells.finish(cells.total(tally.cells))
     last = cells.finish(cells.total(tally.last_cells))
-    rewards = [result.get("reward_eval") for _, result in tally.evaluations]
+    results = [result for _, result in tally.evaluations] or [{}]
     ledger = queue.get("ledger")
     issued = ledger["issued"] if ledger else 0
     return {
@@ -123,8 +127,11 @@ def summarise(
         "skipped": tally.skipped,
         "wall_seconds": wall_seconds,
         "train_seconds": tally.seconds,
-        "reward_eval": rewards[-1] if rewards else None,
-        "reward_initial": rewards[0] if rewards else None,
+        "reward_eval": results[-1].get("reward_eval"),
+        "reward_initial": results[0].get("reward_eval"),
+        "reward_gold": results[-1].get("reward_gold"),
+        "reward_gold_initial": results[0].get("reward_gold"),
+        **{name: {"identity": identity} for name, identity in identities.items() if identity},
         "reward_mean": tally.reward_sum / tally.reward_count if tally.reward_count else None,
         "kl_to_generator": whole.get("kl_to_generator"),
         "engine_mismatch_kl": cells.engine_mismatch(tally.cells),

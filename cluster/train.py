@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from actors.rollout import Version
-from cluster import connection, inputs, run_directory, summary
+from cluster import connection, inputs, run_directory, scorers, summary
 from cluster.books import Books
 from cluster.checkpoints import Checkpoints, driver_state
 from cluster.crew import Crew
@@ -46,6 +46,7 @@ def train(config: Config, preset: str, crew: Crew | None = None) -> dict[str, An
     started = time.monotonic()
     inputs.check(config)
     directory = run_directory.claim(config, preset)
+    scorers.keep(directory.path, config)
     with Progress(directory.name, config.learner.updates, describe(config)) as progress:
         progress.message("starting Ray")
         with connection.connected(config.cluster) as own:
@@ -252,7 +253,7 @@ class Run:
             shutil.rmtree(self.directory.journal, ignore_errors=True)
         out = summary.summarise(
             self.config, self.preset, self.directory.name, status, failure, tally, queue,
-            time.monotonic() - self.started, self._recovery(),
+            time.monotonic() - self.started, self._recovery(), scorers.kept(self.directory.path),
         )  # fmt: skip
         self.directory.write_summary(out)
         self.parts.end()

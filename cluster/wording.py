@@ -44,9 +44,9 @@ def part(summary: dict[str, Any], name: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def change(summary: dict[str, Any]) -> str:
-    """reward_eval, from → to."""
-    return f"{number(summary.get('reward_initial'))} → {number(summary.get('reward_eval'))}"
+def change(summary: dict[str, Any], first: str, last: str) -> str:
+    """What two entries say, from → to."""
+    return f"{number(summary.get(first))} → {number(summary.get(last))}"
 
 
 def mean_max(summary: dict[str, Any], name: str) -> str:

@@ -48,6 +48,7 @@ _GROUPS: dict[Bound, str] = {
     _ONE_UP: """policy.bandit.vocabulary policy.bandit.layers policy.bandit.heads
         policy.bandit.width policy.bandit.draws rollout.actors rollout.responses_per_prompt
         rollout.max_tokens rollout.lease reward.replicas reward.batch reward.max_request_bytes
+        reward.batch_tokens
         replay.samples_per_round replay.inner_epochs data.prompts learner.minibatch
         learner.updates learner.ranks rollout.vllm.max_sequences eval.samples
         rollout.concurrent_leases limits.failure_window cluster.threads
@@ -60,11 +61,12 @@ _GROUPS: dict[Bound, str] = {
         learner.max_grad_norm eval.every limits.actor_restarts cluster.actor_cpus
         rollout.vllm.kv_cache_gib
         cluster.learner_cpus cluster.learner_gpus cluster.actor_gpus cluster.evaluator_gpus
+        cluster.reward_gpus reward.target
         checkpoint.every checkpoint.seconds limits.backoff_seconds limits.learner_restarts
         limits.queue_restarts limits.evaluator_restarts""",
     _FRACTION: """objective.quantile_start objective.quantile_end learner.beta1 learner.beta2
         length_data.prompt_effect""",
-    _over_zero(1.0): "rollout.temperature",
+    _over_zero(1.0): "rollout.temperature reward.scale",
     _over_zero(0.4): "policy.bandit.scale length_data.spread",
     _over_zero(4.0): "length_data.skew_mean",
     _over_zero(10.0): "reward.width",
@@ -101,7 +103,8 @@ _OF_A_STAGE: dict[Bound, str] = {
 BOUNDS: dict[str, Bound] = {key: bound for bound, keys in _GROUPS.items() for key in keys.split()}
 for _stage in ("sft", "reward_model"):
     BOUNDS |= {f"{_stage}.{k}": bound for bound, ks in _OF_A_STAGE.items() for k in ks.split()}
-UNBOUNDED = ("policy.bandit.location", "reward.centre")
+BOUNDS |= {f"gold.{k[7:]}": bound for k, bound in BOUNDS.items() if k.startswith("reward.")}
+UNBOUNDED = ("policy.bandit.location", "reward.centre", "gold.centre")
 
 
 def numbers_are_in_range(config: Config) -> None:

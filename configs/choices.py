@@ -32,7 +32,10 @@ class PromptKind(Enum):
 
 class RewardKind(Enum):
     peak = "peak"
+    length = "length"
     function = "function"
+    model = "model"
+    none = "none"
 
 
 class DataSource(Enum):

@@ -9,6 +9,7 @@ import copy
 import difflib
 import enum
 import functools
+import json
 import operator
 import os
 import re
@@ -77,7 +78,7 @@ def load(preset: str, overrides: list[str]) -> Config:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(text, "", "has no value", f"write {text.strip() or 'key'}=value")
-        _assign(tree, key.strip(), _null(key.strip(), value.strip()))
+        _assign(tree, key.strip(), _written(key.strip(), value.strip()))
     return _to_object(tree)
 
 
@@ -204,6 +205,8 @@ def _to_object(tree: DictConfig) -> Config:
             raise ConfigError(key, value, "is not Unicode text", "write it in UTF-8")
         if isinstance(value, str) and len(value) > LONGEST_TEXT:
             raise ConfigError(key, value, f"is over {LONGEST_TEXT} characters", "write less")
+        if isinstance(value, list) and {*map(type, value)} - {*typing.get_args(_leaves()[key])}:
+            raise _wrong_type(key, value)
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ConfigError(key, value, "does not fit in 64 bits", f"set {key} to a usual number")
     return config
@@ -236,6 +239,8 @@ def _wrong_type(key: str, value: object) -> ConfigError:
 
 def _expected(hint: object) -> str:
     """A type in words: `an integer`, `one of torch, vllm`."""
+    if typing.get_origin(hint) is list:
+        return "a list such as [0, 2]"
     options = [t for t in typing.get_args(hint) if t is not type(None)]
     if options:
         return " or ".join([_expected(option) for option in options] + ["null"])
@@ -245,9 +250,16 @@ def _expected(hint: object) -> str:
     return words.get(hint, str(hint))  # type: ignore[call-overload]
 
 
-def _null(key: str, text: str) -> str | None:
-    """None where the text says so and the setting may be; else the text, for the field to parse."""
-    optional = type(None) in typing.get_args(_leaves().get(key))
+def _written(key: str, text: str) -> object:
+    """None or a list where the setting takes one and the text says so; else the text, for the
+    field to parse."""
+    hint = _leaves().get(key)
+    if typing.get_origin(hint) is list:
+        try:
+            return json.loads(text or "[]")
+        except (ValueError, RecursionError):
+            raise _wrong_type(key, text) from None
+    optional = type(None) in typing.get_args(hint)
     return None if optional and text.lower() in {"", "null", "none", "~"} else text
 
 

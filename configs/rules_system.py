@@ -1,4 +1,4 @@
-"""Rules on the parts around the algorithm: engines, prompts, data, rewards, the run's name.
+"""Rules on the parts around the algorithm: engines, prompts, data, the run's name.
 
 Each rule raises ConfigError with a concrete fix.
 """
@@ -7,14 +7,13 @@ import re
 
 from configs import faults
 from configs.bounds import Rule, near, set_to
-from configs.choices import DataSource, EngineKind, PromptKind, RewardKind, Schedule, UpdateKind
+from configs.choices import DataSource, EngineKind, PromptKind, Schedule, UpdateKind
 from configs.errors import ConfigError
 from configs.schema import Config
 
 # vllm 0.32.0, v1/attention/backends/cpu_attn.py
 VLLM_CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
-_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,99}")
 
 
@@ -88,18 +87,6 @@ def bandit_contexts_are_tokens(config: Config) -> None:
         raise ConfigError("prompts.count", prompts.count, problem, fix)
 
 
-def reward_function_is_named(config: Config) -> None:
-    """`reward.path` is `module:function` where it is called, else empty."""
-    path = config.reward.path
-    if config.reward.kind is RewardKind.function:
-        if not _FUNCTION.fullmatch(path):
-            fix = "set reward.path=module:function, e.g. my_rewards:score"
-            raise ConfigError("reward.path", path, "is not of the form module:function", fix)
-    elif path:
-        fix = "set reward.kind=function, or reward.path= to leave it out"
-        raise ConfigError("reward.path", path, "is called by reward.kind=function only", fix)
-
-
 def faults_are_known(config: Config) -> None:
     """`cluster.faults` names points and kinds that there are."""
     try:
@@ -125,7 +112,6 @@ SYSTEM_RULES: tuple[Rule, ...] = (
     vllm_knows_the_head_size,
     prompts_have_a_source,
     bandit_contexts_are_tokens,
-    reward_function_is_named,
     run_name_is_a_file_name,
     faults_are_known,
 )

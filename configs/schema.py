@@ -18,12 +18,12 @@ from configs.choices import (
     RateSchedule,
     Ratio,
     Resume,
-    RewardKind,
     RewardScale,
     Schedule,
     UpdateKind,
 )
 from configs.schema_length import LengthDataConfig
+from configs.schema_reward import RewardConfig, no_reward
 from configs.schema_stages import StageConfig
 from configs.schema_vllm import Transfer, VllmConfig
 
@@ -85,19 +85,6 @@ class RolloutConfig:
     concurrent_leases: int = 2  # that an actor serves at once with update=in_flight
     transfer: Transfer = Transfer.host  # the way that weights take to the actors
     vllm: VllmConfig = field(default_factory=VllmConfig)
-
-
-@dataclass
-class RewardConfig:
-    kind: RewardKind = RewardKind.peak
-    centre: float = 70.0  # R1 has 70, R2 has 20
-    width: float = 10.0
-    path: str = ""  # kind=function: `module:function`
-    replicas: int = 1
-    batch: int = 1024  # most responses scored in one call
-    port: int = 0  # loopback port of the HTTP endpoint; 0 leaves HTTP off
-    token_env: str = "ONPOLICY_REWARD_TOKEN"  # environment variable with the bearer token
-    max_request_bytes: int = 1_000_000
 
 
 @dataclass
@@ -213,6 +200,7 @@ class ClusterConfig:
     learner_gpus: float = 0.0
     actor_gpus: float = 0.0
     evaluator_gpus: float = 0.0
+    reward_gpus: float = 0.0  # for each of reward.replicas
     colocated: bool = False  # learner and actor share one GPU and take turns: vLLM sleeps meanwhile
     threads: int = 1  # per process; small models are slower with two
     faults: str = ""  # faults on purpose, `configs.faults`; for tests of reliability
@@ -233,6 +221,7 @@ class Config:
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    gold: RewardConfig = field(default_factory=no_reward)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)

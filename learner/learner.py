@@ -272,6 +272,7 @@ def _readable(block: Rollouts, group: int, round_: int) -> dict[str, Any]:
         "prompt": block.prompt(group).tolist(),
         "response": block.response(rollout).tolist(),
         "reward": None if np.isnan(reward) else reward,
+        "scorer": block.scorer(rollout) or None,
         "failure": block.failures.get(rollout),
         "steps": sorted(set(block.step_K[start:stop].tolist())),
     }

@@ -1,7 +1,8 @@
 """The reward service's HTTP endpoint for people, in front of the same scorers.
 
     POST /score   {"prompts": [[int]], "responses": [[int]]}, with `Authorization: Bearer TOKEN`
-                  → {"rewards": [number or null], "failures": {"index": "what went wrong"}}
+                  → {"rewards": [number or null], "failures": {"index": "what went wrong"},
+                     "identity": "the reward's"}
     GET  /health  → {"status": "ok", "service": name}, without a token
 
 Anything else is refused with {"error": "one line"}: 400 malformed, 401 token, 404, 405, 408 too
@@ -98,7 +99,8 @@ class Endpoint:
     async def _score(self, prompts: list[list[int]], responses: list[list[int]]) -> dict[str, Any]:
         scores = await asyncio.to_thread(self.client.score, prompts, responses, SCORE_SECONDS)
         rewards = [None if np.isnan(r) else r for r in scores.reward.tolist()]
-        return {"rewards": rewards, "failures": {str(i): w for i, w in scores.failures.items()}}
+        failures = {str(i): why for i, why in scores.failures.items()}
+        return {"rewards": rewards, "failures": failures, "identity": scores.identity}
 
 
 def token_digest(token: bytes) -> bytes:

@@ -11,7 +11,7 @@ from ray import serve
 
 from configs.schema import RewardConfig
 from reward_server.client import Pairs
-from reward_server.rewards import Scores, concatenate, describe, load, score_safely
+from reward_server.rewards import Scores, concatenate, identify, load, score_safely
 
 MOST_REQUESTS = 64  # requests, each a lease, that one batch takes together
 # None: requests gather while the call before theirs runs. 1 ms would cost an idle service 1.5 ms.
@@ -19,12 +19,18 @@ BATCH_WAIT_SECONDS = 0.0
 
 
 class Scorer:
-    """One replica. The reward is called in one thread, at most `reward.batch` responses a time."""
+    """One replica. The reward is called in one thread, at most `reward.batch` responses a time.
 
-    def __init__(self, config: RewardConfig, folder: str, stall_s: float, threads: int) -> None:
+    identity: that the service was deployed with; RuntimeError where the files here have another,
+    so all replicas, also those that replace lost ones, are one scorer. Empty: not looked at.
+    """
+
+    def __init__(
+        self, config: RewardConfig, folder: str, stall_s: float, threads: int, identity: str = ""
+    ) -> None:
         _cap_threads(threads)
+        self.identity = identify(config, identity)
         self.reward = load(config, folder)
-        self.identity = describe(config)
         self.limit = config.batch
         self.stall_s = stall_s
         self.called_at: float | None = None  # time.monotonic() of the call in progress
@@ -55,10 +61,12 @@ class Scorer:
             responses += more_responses
         parts = []
         for start in range(0, len(responses), self.limit):
-            stop = start + self.limit
             self.called_at = time.monotonic()
+            these = slice(start, start + self.limit)
             try:
-                parts.append(score_safely(self.reward, prompts[start:stop], responses[start:stop]))
+                parts.append(
+                    score_safely(self.reward, prompts[these], responses[these], self.identity)
+                )
             finally:
                 self.called_at = None
         scores = concatenate(parts)

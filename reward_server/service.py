@@ -25,7 +25,7 @@ from ray.serve.schema import ApplicationStatus
 from configs.schema import RewardConfig
 from reward_server.client import RewardClient
 from reward_server.endpoint import Endpoint, token
-from reward_server.rewards import brief, load
+from reward_server.rewards import brief, check, describe
 from reward_server.scorer import MOST_REQUESTS, Scorer
 
 HOST = "127.0.0.1"
@@ -83,20 +83,23 @@ def deploy(
     timeout_s: float = 120.0,
     stall_s: float = 120.0,
     threads: int = 1,
+    gpus: float = 0.0,
 ) -> RewardService:
     """Start the reward service as the Serve app `name` on the Ray cluster we are connected to.
 
-    A scorer whose reward does not return for `stall_s` seconds is replaced. ValueError: a wrong
+    A scorer whose reward does not return for `stall_s` seconds is replaced. gpus: for each scorer,
+    which a reward model runs on. ValueError: a wrong
     setting, before anything starts. RuntimeError: it did not start, with the reason. TimeoutError:
     it did not start within `timeout_s` seconds. After an error none of its replicas is left.
     """
-    load(config, os.getcwd())  # a wrong setting stops here, in one line
+    check(config, os.getcwd())  # a wrong setting stops here, in one line
     deadline = time.monotonic() + timeout_s
     _remove(name)  # left over from a driver that was killed
     digest, token_file = token(config) if config.port else (b"", "")
     try:
         start_serve(config.port)
-        app = _app(config, name, digest, stall_s, threads)
+        scorer = _scorer(config, stall_s, threads, gpus)
+        app = _app(config, name, digest, scorer)
         route = "/" if config.port else None
         targets = [serve.RunTarget(app, name, route, _LOGGING)]
         serve.run_many(targets, wait_for_applications_running=False)
@@ -114,12 +117,15 @@ def deploy(
     return RewardService(name, client, url, token_file)
 
 
+def _scorer(config: RewardConfig, stall_s: float, threads: int, gpus: float) -> serve.Application:
+    options = _OPTIONS | {"ray_actor_options": {"num_cpus": 0, "num_gpus": gpus}}
+    deployment = serve.deployment(name="Scorer", num_replicas=config.replicas, **options)(Scorer)
+    return deployment.bind(config, os.getcwd(), stall_s, threads, describe(config))
+
+
 def _app(
-    config: RewardConfig, name: str, digest: bytes, stall_s: float, threads: int
+    config: RewardConfig, name: str, digest: bytes, scorer: serve.Application
 ) -> serve.Application:
-    replicas = config.replicas
-    deployment = serve.deployment(name="Scorer", num_replicas=replicas, **_OPTIONS)(Scorer)
-    scorer = deployment.bind(config, os.getcwd(), stall_s, threads)
     if not config.port:
         return scorer
     endpoint = serve.deployment(name="Endpoint", **_OPTIONS)(Endpoint)

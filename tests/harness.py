@@ -6,7 +6,6 @@ Actors and learner take turns over the real queue; nothing is mocked but the ser
 import itertools
 import socket
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from learner.learner import Learner, StepRecord
 from learner.replay.queue import ReplayQueue
 from learner.replay.settings import rules
 from learner.replay.staleness import plan
-from reward_server.rewards import load, score_safely
+from reward_server.rewards import InProcess
 
 
 class LocalQueue:
@@ -43,14 +42,11 @@ class LocalQueue:
         self.queue.probed(nats)
 
 
-class LocalRewards:
-    """`actors.actor.RewardClient` that calls the reward itself."""
+class LocalRewards(InProcess):
+    """The reward of a configuration, in this process."""
 
     def __init__(self, config: Config) -> None:
-        self.reward = load(config.reward)
-
-    def score(self, prompts: Any, responses: Any, timeout_s: float) -> Any:
-        return score_safely(self.reward, prompts, responses)
+        super().__init__(config.reward)
 
 
 def settings(preset: str, *overrides: str) -> Config:

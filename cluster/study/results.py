@@ -14,7 +14,7 @@ MEANS = (  # of the updates since the evaluation before
     "reward_mean", "kl_to_generator", "kl_from_generator", "kl_to_reference", "ess", "loss",
     "clip_fraction", "implicit_reward_preferred", "implicit_reward_dispreferred",
 )  # fmt: skip
-EVALUATED = ("reward_eval", "eval_kl_to_reference")
+EVALUATED = ("reward_eval", "reward_gold", "eval_kl_to_reference")
 
 
 def frame(outcomes: Sequence[Outcome]) -> pd.DataFrame:
@@ -30,7 +30,10 @@ def frame(outcomes: Sequence[Outcome]) -> pd.DataFrame:
         if outcome.failure:
             rows.append({**common, "status": "failed"})
             continue
-        initial = {"step": 0, "reward_eval": outcome.summary["reward_initial"]}
+        known = outcome.summary
+        initial = {"step": 0, "reward_eval": known["reward_initial"]}
+        if known.get("reward_gold_initial") is not None:
+            initial["reward_gold"] = known["reward_gold_initial"]
         rows.append({**common, "status": "finished", **initial, "seconds": 0.0, "queries": 0})
         for row in evaluations(outcome.folder / "metrics.jsonl"):
             rows.append({**common, "status": "finished", **row})

@@ -15,8 +15,9 @@ import ray
 
 from configs.choices import RewardKind
 from configs.schema import RewardConfig
-from reward_server.rewards import load, score_safely
+from reward_server.rewards import describe, load, score_safely
 from reward_server.service import deploy
+from tests.rewards import save_model
 
 LIMIT = 20_000  # bytes of a request
 REFUSED_WITHIN = 1.0  # seconds
@@ -70,6 +71,19 @@ def http(peak_service):
         headers = {"Authorization": f"Bearer {file.read()}"}
     with httpx.Client(base_url=peak_service.url, headers=headers, trust_env=False) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture(scope="module")
+def model_service(ray_cluster, model_folder):
+    """A reward model on two replicas; its folder may be changed after the tests that score."""
+    config = RewardConfig(kind=RewardKind.model, path=str(model_folder), replicas=2, batch=8)
+    with deploy(config, name="model") as service:
+        yield service, config
 
 
 def leases(count):
@@ -170,12 +184,44 @@ def test_lost_replicas_are_a_stated_failure_and_come_back(odd_service):
     assert not odd_service.client.score([[0]], [[1]], timeout_s=30).failures
 
 
+def test_replicas_of_a_reward_model_agree_and_sign_their_scores(model_service):
+    service, config = model_service
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(0, 100, draw.integers(1, 20)).tolist() for _ in range(40)]
+    responses = [draw.integers(0, 100, draw.integers(0, 40)).tolist() for _ in range(40)]
+    want = load(config)(prompts, responses)
+
+    def ask(turn):
+        order = np.random.default_rng(turn).permutation(40)[: turn + 5]
+        got = service.client.score(
+            [prompts[i] for i in order], [responses[i] for i in order], timeout_s=30
+        )
+        np.testing.assert_allclose(got.reward, want[order], atol=1e-5)
+        return got.identity
+
+    with ThreadPoolExecutor(12) as pool:
+        assert set(pool.map(ask, range(24))) == {describe(config)}
+    assert np.ptp(want) > 1
+    assert service.client.describe(timeout_s=10) == describe(config)
+
+
+def test_a_replica_with_other_files_than_at_the_start_does_not_score(model_service, model_folder):
+    service, _ = model_service
+    save_model(model_folder, seed=1)
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if "#model#Scorer#" in actor["name"]:
+            ray.kill(ray.get_actor(actor["name"], actor["namespace"]))
+    scores = service.client.score([[1]], [[2]], timeout_s=6)
+    assert len(scores.failures) == 1 and not scores.identity
+
+
 def test_http_scores(http, peak_service):
     answer = http.post("/score", json={"prompts": [[0], [0]], "responses": [[70, 80], []]})
     assert answer.status_code == 200
     body = answer.json()
     assert body["rewards"] == [pytest.approx((1 + np.exp(-1)) / 2, abs=1e-6), None]
     assert list(body["failures"]) == ["1"] and "empty" in body["failures"]["1"]
+    assert body["identity"] == "peak(centre=70, width=10)"
     health = httpx.get(f"{peak_service.url}/health", trust_env=False)
     assert health.status_code == 200 and health.json()["status"] == "ok"
 

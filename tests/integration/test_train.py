@@ -36,10 +36,13 @@ def balanced(ledger: dict[str, Any]) -> bool:
 
 
 def test_the_bandit_learns_and_writes_what_a_run_writes(ray_cluster, tmp_path):
-    summary, lines = run(tmp_path, "bandit", "learner.updates=60", "eval.every=20")
+    gold = ["gold.kind=peak", "gold.centre=20"]  # where π_ref is, and the reward leads away from
+    summary, lines = run(tmp_path, "bandit", "learner.updates=60", "eval.every=20", *gold)
     assert summary["reward_initial"] < 0.08 and summary["reward_eval"] > 0.4
     assert [line["step"] for line in lines] == list(range(1, 61))
     assert [line["step"] for line in lines if "reward_eval" in line] == [20, 40, 60]
+    assert [line["step"] for line in lines if "reward_gold" in line] == [20, 40, 60]
+    assert summary["reward_gold"] < summary["reward_gold_initial"] - 0.1
     assert summary["age"]["histogram"] == {str(age): 600 for age in range(10)}
     assert summary["reuse"]["histogram"] == {str(reuse): 600 for reuse in range(1, 11)}
     assert summary["ledger"]["retired"]["exhausted"] == summary["ledger"]["issued"] == 600
@@ -58,6 +61,12 @@ def test_the_bandit_learns_and_writes_what_a_run_writes(ray_cluster, tmp_path):
     directory = tmp_path / summary["name"]
     samples = (directory / "samples.jsonl").read_text().splitlines()
     assert len(samples) == 6 * 3 and "response" in json.loads(samples[0])
+    identity = "peak(centre=70, width=10)"
+    assert {json.loads(sample)["scorer"] for sample in samples} == {identity}
+    assert summary["reward"] == {"identity": identity}
+    assert summary["gold"] == {"identity": "peak(centre=20, width=10)"}
+    page = (directory / "report.html").read_text()
+    assert "Proxy and gold reward" in page and identity in page
     for name in ("config.yaml", "environment.json", "summary.json", "report.html"):
         assert (directory / name).stat().st_size > 100
     assert (directory / "checkpoints/step-60/hf/model.safetensors").exists()

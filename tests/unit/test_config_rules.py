@@ -85,10 +85,17 @@ BROKEN = [
     ("bandit_contexts_are_tokens", "prompts.count=101", "prompts.count", "from 1 to 100"),
     ("bandit_contexts_are_tokens", "prompts.count=0", "prompts.count", "from 1 to 100"),
     ("bandit_contexts_are_tokens", "policy.path=model", "prompts.source", "prompts.source=jsonl"),
-    ("reward_function_is_named", "reward.kind=function", "reward.path", "module:function"),
-    ("reward_function_is_named", "reward.kind=function reward.path=a.py", "reward.path",
+    ("something_is_trained_on", "reward.kind=none", "reward.kind", "reward.kind=peak"),
+    ("reward_path_fits_its_kind", "reward.kind=function", "reward.path", "module:function"),
+    ("reward_path_fits_its_kind", "reward.kind=function reward.path=a.py", "reward.path",
      "module:function"),
-    ("reward_function_is_named", "reward.path=a:b", "reward.path", "reward.kind=function"),
+    ("reward_path_fits_its_kind", "reward.path=a:b", "reward.path", "reward.kind=function"),
+    ("reward_path_fits_its_kind", "gold.kind=model", "gold.path", "gold.revision"),
+    ("reward_path_fits_its_kind", "gold.path=a:b", "gold.path", "gold.kind=function"),
+    ("end_tokens_are_ids", "reward.kind=length reward.end_tokens=[0,-1]", "reward.end_tokens",
+     "reward.end_tokens=[0]"),
+    ("gold_has_no_service", "gold.kind=peak gold.port=8000", "gold.port", "gold.port=0"),
+    ("gold_has_no_service", "gold.kind=peak gold.replicas=2", "gold.replicas", "gold.replicas=1"),
     ("run_name_is_a_file_name", "run.name=a/b", "run.name", "run.name=a_b"),
     ("run_name_is_a_file_name", "run.name=..", "run.name", "run.name=try"),
     ("faults_are_known", "cluster.faults=actor.put.before@1:burn", "cluster.faults", "kill, hang"),
@@ -254,5 +261,6 @@ def with_value(key: str, value: float) -> Config:
 
 
 def _is_number(hint: object) -> bool:
-    kinds = typing.get_args(hint) or (hint,)
+    lists = typing.get_origin(hint) is list
+    kinds = () if lists else typing.get_args(hint) or (hint,)
     return any(kind in (int, float) for kind in kinds)

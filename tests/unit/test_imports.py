@@ -60,7 +60,7 @@ def the_queue(folder: Path) -> None:
 
 
 def the_reward_replica(folder: Path) -> None:
-    """Either kind of reward; the HTTP endpoint is imported too."""
+    """Every kind of reward without a network; the HTTP endpoint is imported too."""
     from configs.choices import RewardKind
     from configs.schema import RewardConfig
     from reward_server import endpoint, service
@@ -69,21 +69,28 @@ def the_reward_replica(folder: Path) -> None:
 
     assert service and endpoint
     function = RewardConfig(RewardKind.function, path="reward_server.examples:distinct_tokens")
-    for config in (RewardConfig(), function):
+    for config in (RewardConfig(), RewardConfig(RewardKind.length), function):
         scorer = Scorer(config, str(folder), 1.0, 1)
         assert not scorer._score_all([Pairs.pack([[0]], [[70, 70]])])[0].failures
 
 
 def the_driver(folder: Path) -> None:
-    """What `python -m cluster train` does before the first part starts, and the parts' handles."""
+    """What `python -m cluster train` does before the first part starts, and the parts' handles;
+    the reward is a model, whose files are looked at."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
     import cluster.__main__
-    from cluster import inputs, run_directory, train
+    from cluster import inputs, run_directory, scorers, train
     from configs.load import prepare
 
     assert train and cluster.__main__
-    config = prepare("bandit", [f"run.dir={folder}"])
+    save_file({"score.weight": np.zeros((1, 8))}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"vocab_size": 100}')
+    model = ["reward.kind=model", f"reward.path={folder}", "gold.kind=peak"]
+    config = prepare("bandit", [f"run.dir={folder}", *model])
     inputs.check(config)
-    run_directory.claim(config, "bandit")
+    scorers.keep(run_directory.claim(config, "bandit").path, config)
 
 
 def an_actor_of_offline_data(folder: Path) -> None:

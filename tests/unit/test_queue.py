@@ -68,6 +68,7 @@ def answer(lease: Lease, members: int, failures: dict[int, int] | None = None) -
         status_N=np.full(n, VALID, dtype=np.uint8),
         truncated_N=np.zeros(n, dtype=bool),
         label_N=np.full(n, UNLABELLED, dtype=np.int8),
+        scorer_N=np.zeros(n, dtype=np.uint8),
     )
     for rollout, status in (failures or {}).items():
         block.fail(rollout, status, "it broke")

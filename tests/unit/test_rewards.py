@@ -10,9 +10,19 @@ import pytest
 
 from configs.choices import RewardKind
 from configs.schema import RewardConfig
+from configs.schema_reward import no_reward
 from reward_server.client import Pairs
 from reward_server.endpoint import Refusal, parse
-from reward_server.rewards import Scores, concatenate, describe, load, peak, score_safely
+from reward_server.rewards import (
+    InProcess,
+    Scores,
+    concatenate,
+    describe,
+    length,
+    load,
+    peak,
+    score_safely,
+)
 from reward_server.scorer import Scorer
 
 R1 = RewardConfig()
@@ -51,6 +61,23 @@ def test_an_empty_response_fails_alone():
 def test_a_peak_needs_finite_numbers(centre, width):
     with pytest.raises(ValueError, match="reward.width"):
         peak(centre, width)
+
+
+def test_min_and_mode_length_by_hand():
+    responses = ([0], [], [5, 5, 0], [5] * 7, [5, 2, 0, 5, 5])
+    kind = RewardKind.length
+    shortest = load(RewardConfig(kind=kind, end_tokens=[0, 2]))
+    assert score(shortest, *responses).reward.tolist() == [0, 0, -2, -7, -1]
+    mode = load(RewardConfig(kind=kind, target=3, scale=2, end_tokens=[0]))
+    assert score(mode, *responses).reward.tolist() == [-1.5, -1.5, -0.5, -2, -0.5]
+    endless = load(RewardConfig(kind=kind))
+    assert score(endless, *responses).reward.tolist() == [-1, 0, -3, -7, -5]
+
+
+@pytest.mark.parametrize("target, scale", [(math.nan, 1), (0, 0), (0, math.inf)])
+def test_a_length_needs_finite_numbers(target, scale):
+    with pytest.raises(ValueError, match="reward.scale"):
+        length(target, scale, [])
 
 
 def test_no_responses_are_no_rewards():
@@ -159,6 +186,21 @@ def test_a_function_of_the_users_own(tmp_path, monkeypatch):
 
 def test_describe_names_kind_and_parameters():
     assert describe(R1) == "peak(centre=70, width=10)"
+    mode = RewardConfig(kind=RewardKind.length, target=7, end_tokens=[0, 2])
+    assert describe(mode) == "length(target=7, scale=1, end_tokens=[0, 2])"
+    assert describe(no_reward()) == ""
+
+
+def test_every_score_has_its_scorers_identity(monkeypatch):
+    monkeypatch.setattr("reward_server.scorer._cap_threads", lambda threads: None)
+    pairs = Pairs.pack([[0]] * 3, [[70], [20], []])
+    mode = RewardConfig(kind=RewardKind.length, batch=2)
+    (served,) = Scorer(mode, folder="", stall_s=10.0, threads=1)._score_all([pairs])
+    asked = InProcess(mode).score(*pairs.unpack())
+    assert served.identity == asked.identity == describe(mode)
+    assert asked.reward.tolist() == served.reward.tolist() == [-1, -1, 0]
+    with pytest.raises(RuntimeError, match="peak.* here, and was length"):
+        Scorer(R1, folder="", stall_s=10.0, threads=1, identity=describe(mode))
 
 
 def test_pairs_keep_a_shared_prompt_once():
@@ -171,12 +213,12 @@ def test_pairs_keep_a_shared_prompt_once():
 
 
 def test_scores_split_and_join():
-    scores = Scores(np.float32([1, np.nan, 3]), {1: "why"})
+    scores = Scores(np.float32([1, np.nan, 3]), {1: "why"}, "me")
     parts = [scores.slice(0, 1), scores.slice(1, 3)]
     assert parts[1].failures == {0: "why"}
     joined = concatenate(parts)
     np.testing.assert_array_equal(joined.reward, scores.reward)
-    assert joined.failures == scores.failures
+    assert joined.failures == scores.failures and joined.identity == "me"
 
 
 @pytest.mark.parametrize(
