@@ -55,6 +55,25 @@ def _study(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _pipeline(arguments: argparse.Namespace) -> int:
+    from cluster.judge import told
+    from cluster.pipeline import pipeline
+
+    done = pipeline(arguments.preset, arguments.settings)
+    if "evaluate" in done:
+        print(told(done["evaluate"]))
+    return 0 if done["train"]["status"] == "finished" else 1
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from cluster.judge import evaluate, told
+
+    print(told(evaluate(Path(arguments.run), arguments.settings)))
+    return 0
+
+
 def _bench(arguments: argparse.Namespace) -> int:
     from importlib import import_module
 
@@ -95,6 +114,14 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
     sub = command("report", _report, "write report.html of a run")
     sub.add_argument("run", metavar="RUN_DIR")
+    sub = command("pipeline", _pipeline, "run a preset's stages in order, then train and evaluate")
+    sub.add_argument("preset", metavar="PRESET", help="one that names its stages, as length_min")
+    sub.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
+    sub = command(
+        "evaluate", _evaluate, "the policy of a run beside π_ref: reward, length, KL, wins"
+    )
+    sub.add_argument("run", metavar="RUN_DIR")
+    sub.add_argument("settings", nargs="*", metavar="key=value", help="samples=1000, any")
     sub = command("study", _study, "a figure of the paper, its claims decided")
     sub.add_argument("name", metavar="NAME", help="a name in configs/studies/, theory, or a file")
     sub.add_argument("--quick", action="store_true", help="minutes: fewer seeds, cells and updates")

@@ -24,7 +24,7 @@ from configs.choices import (
 )
 from configs.schema_length import LengthDataConfig
 from configs.schema_reward import RewardConfig, no_reward
-from configs.schema_stages import StageConfig
+from configs.schema_stages import PipelineConfig, StageConfig
 from configs.schema_vllm import Transfer, VllmConfig
 
 
@@ -229,6 +229,7 @@ class Config:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     sft: StageConfig = field(default_factory=StageConfig)
     reward_model: StageConfig = field(default_factory=StageConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)

@@ -27,3 +27,16 @@ class StageConfig:
     held_out: float = 0.1  # share of the distinct prompts whose rows are not trained on
     eval_every: int = 0  # steps; 0: only before the first and after the last
     pad_token: str = ""  # by its text; empty: the tokenizer's own, else config.json's
+
+
+@dataclass
+class PipelineConfig:
+    """The stages that `python -m cluster pipeline` runs before training, in this order: of each the
+    directory under `run.dir`; empty: there is no such stage. Presets that name the same directory
+    share what is in it. `{sft}` in another setting stands for that stage's directory."""
+
+    data: str = ""  # the length problems' data and starting network
+    sft: str = ""
+    label: str = ""  # preferences by the gold reward
+    reward_model: str = ""
+    seed: int = 0  # of these stages, whatever the run's

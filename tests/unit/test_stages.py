@@ -237,10 +237,8 @@ def test_the_model_directory_of_sft_is_a_policy(zero_stage, sft, tmp_path):
     weights = trained.engine.weights().copy()
     folder = tmp_path / "hf"
     trained.export(str(folder))
-    config = prepare(
-        "bandit",
-        [f"policy.path={folder}"],
-    )
+    prompts = ["prompts.source=jsonl", "prompts.path=prompts.jsonl"]
+    config = prepare("bandit", [f"policy.path={folder}", *prompts])
     model = policy.load_pretrained(config.policy, str(folder), config.learner.precision)
     assert np.array_equal(policy.flatten(model), weights)
     assert policy.end_tokens(policy.architecture(config)) == (END,)
