@@ -7,9 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from actors.adapters import adapt
+from actors.encoding import TextEncoder, encoded
 from actors.rollout import UNLABELLED
 from actors.tables import DataError, Row, brief, require, token_ids
+from configs.choices import DataFormat
 
+PAIR = ("chosen", "rejected")
+IDS = {"prompt_ids", "chosen_ids", "rejected_ids", "responses_ids"}
 LOGP_SLACK = 1e-4  # nats over 0 that rounding may leave
 
 
@@ -29,8 +34,20 @@ class OfflineGroup:
     logps: tuple[np.ndarray, ...] | None = None
 
 
-def parse_group(row: Row, vocabulary: int | None = None) -> OfflineGroup:
-    """The group that a row describes (see `actors.preferences`). Raises DataError."""
+class TiedError(DataError):
+    """A row that prefers none of its two responses."""
+
+
+def parse_group(
+    row: Row, vocabulary: int | None = None, encoder: TextEncoder | None = None,
+    form: DataFormat = DataFormat.auto,
+) -> OfflineGroup:  # fmt: skip
+    """The group that a row describes (see `actors.preferences`).
+
+    encoder: for rows of text. Raises DataError, and TiedError where two responses are equally good.
+    """
+    if not IDS & set(row.values):
+        return _encoded(row, vocabulary, encoder, form)
     prompt = token_ids(require(row, "prompt_ids"), "prompt_ids", row.where, vocabulary)
     pair = [row.values.get("chosen_ids"), row.values.get("rejected_ids")]
     many = row.values.get("responses_ids")
@@ -47,21 +64,44 @@ def parse_group(row: Row, vocabulary: int | None = None) -> OfflineGroup:
         for name in ("chosen_ids", "rejected_ids")
     )
     if np.array_equal(chosen, rejected):
-        raise DataError(f"{row.where}: chosen_ids and rejected_ids are equal, which prefers none")
-    unknown = np.full(2, np.nan, dtype=np.float32)
-    return OfflineGroup(prompt, (chosen, rejected), unknown, np.array([1, 0], dtype=np.int8))
+        equal = "chosen_ids and rejected_ids are equal, which prefers none"
+        raise TiedError(f"{row.where}: {equal}")
+    rewards = [_reward(row.values.get(f"{name}_reward"), row.where) for name in PAIR]
+    return OfflineGroup(
+        prompt, (chosen, rejected), np.array(rewards, dtype=np.float32),
+        np.array([1, 0], dtype=np.int8),
+    )  # fmt: skip
 
 
-def check_lengths(
-    where: str, group: OfflineGroup, max_prompt: int | None, max_response: int | None
-) -> None:
-    """Raise DataError for a prompt or response over its limit, in tokens; None is no limit."""
-    limits = [("prompt", [group.prompt_ids], max_prompt)]
-    limits.append(("response", list(group.responses), max_response))
-    for what, sequences, limit in limits:
-        longest = max(map(len, sequences))
-        if limit is not None and longest > limit:
-            raise DataError(f"{where}: {what} of {longest} tokens is over the limit of {limit}")
+def _encoded(
+    row: Row, vocabulary: int | None, encoder: TextEncoder | None, form: DataFormat
+) -> OfflineGroup:
+    """The group of a row of text."""
+    example = adapt(row, form)
+    if not example.responses:
+        raise DataError(
+            f"{row.where}: no responses; give response, chosen and rejected, or responses, or "
+            "name another data.format"
+        )
+    if encoder is None:
+        raise DataError(
+            f"{row.where}: is text and the policy has no tokenizer; give token ids in columns "
+            "prompt_ids, chosen_ids and rejected_ids, or responses_ids"
+        )
+    if example.tied:
+        raise TiedError(f"{row.where}: its two responses are equally good, which prefers none")
+    prompt = encoded(row.where, encoder, example.prompt)
+    responses = [
+        token_ids(encoded(row.where, encoder.response, text), "a response",
+                  row.where, vocabulary)
+        for text in example.responses
+    ]  # fmt: skip
+    return OfflineGroup(
+        token_ids(prompt, "the tokenized prompt", row.where, vocabulary),
+        tuple(responses),
+        np.array([_reward(value, row.where) for value in example.rewards], dtype=np.float32),
+        np.array([_label(value, row.where) for value in example.labels], dtype=np.int8),
+    )
 
 
 def _scored(row: Row, prompt: np.ndarray, many: Any, vocabulary: int | None) -> OfflineGroup:

@@ -1,8 +1,9 @@
 """Offline rollouts: groups of scored, ranked or labelled responses from a file.
 
-A row holds `prompt_ids`, and either `chosen_ids` and `rejected_ids` (a pair, C = 2), or
-`responses_ids` (C lists) with `rewards`, `labels` and `logps` as far as they are known: a null
-is an unknown reward, label or list of log-probabilities. Unknown stays unknown (NaN, −1), never 0.
+A row holds `prompt_ids`, and either `chosen_ids` and `rejected_ids` (a pair, C = 2; perhaps with
+`chosen_reward` and `rejected_reward`), or `responses_ids` (C lists) with `rewards`, `labels` and
+`logps` as far as they are known: a null is an unknown reward, label or list of log-probabilities.
+Unknown stays unknown (NaN, −1), never 0. Rows of text are as `actors.adapters` says.
 """
 
 import math
@@ -12,9 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from actors.preference_rows import OfflineGroup, check_lengths, parse_group
+from actors.encoding import TextEncoder
+from actors.preference_rows import OfflineGroup, TiedError, parse_group
 from actors.rollout import OFFLINE_STEP, UNLABELLED, VALID, Rollouts, offsets
+from actors.row_limits import RowCounts, fit_group
 from actors.tables import DataError, brief, table_rows
+from configs.schema import DataConfig
 
 __all__ = [
     "OfflineGroup",
@@ -36,18 +40,35 @@ def read(
     vocabulary: int | None = None,
     max_prompt: int | None = None,
     max_response: int | None = None,
+    encoder: TextEncoder | None = None,
+    how: DataConfig | None = None,
+    counts: RowCounts | None = None,
 ) -> list[OfflineGroup]:
-    """All groups of a JSONL or Parquet file (by its ending), checked.
+    """All groups of a JSONL or Parquet file (by its ending), an Arrow file or a data set, checked.
 
     members: C that every row must have; None: as many as the first row has. vocabulary: number of
     token ids. max_prompt, max_response: the longest allowed, in tokens. None leaves a limit out.
+    encoder: for rows of text. how: format, subset, split and what becomes of rows over a limit.
+    counts: takes the account of the rows. Rows that prefer none of two responses are left out.
     Raises PreferenceError naming file, line or row, and reason.
     """
+    how, counts = how or DataConfig(), counts if counts is not None else RowCounts()
     groups: list[OfflineGroup] = []
+    tied = ""
     try:
-        for row in table_rows(path):
-            group = parse_group(row, vocabulary)
-            check_lengths(row.where, group, max_prompt, max_response)
+        for row in table_rows(path, how.split, how.subset):
+            counts.rows += 1
+            try:
+                parsed = parse_group(row, vocabulary, encoder, how.format)
+                group = fit_group(
+                    row.where, parsed, max_prompt, max_response, how.over_length, counts
+                )
+            except TiedError as error:
+                counts.tied, tied = counts.tied + 1, tied or str(error)
+                continue
+            if group is None:
+                continue
+            counts.keep(group.prompt_ids)
             members = members or len(group.responses)
             if len(group.responses) != members:
                 raise DataError(
@@ -58,8 +79,12 @@ def read(
     except DataError as error:
         raise PreferenceError(str(error)) from error
     if not groups:
-        raise PreferenceError(f"{path}: holds no rows")
+        raise PreferenceError(tied or f"{path}: {_nothing(counts)}")
     return groups
+
+
+def _nothing(counts: RowCounts) -> str:
+    return f"all {counts.rows} rows are over a length limit" if counts.rows else "holds no rows"
 
 
 def write_parquet(path: str, groups: Sequence[OfflineGroup]) -> None:

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ import numpy as np
 from configs.errors import one_line
 
 TOKEN_LIMIT = 2**31  # token ids are int32
+FILES = (".jsonl", ".json", ".parquet", ".arrow")
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 class DataError(ValueError):
@@ -56,12 +59,14 @@ def parquet_rows(path: str) -> Iterator[Row]:
         raise DataError(f"{path}: cannot be read: {brief(error)}") from error
 
 
-def dataset_rows(path: str, split: str) -> Iterator[Row]:
-    """Rows of a Hugging Face data set: a saved or loadable directory, else a name on the hub.
+def dataset_rows(path: str, split: str, subset: str = "", streaming: bool = False) -> Iterator[Row]:
+    """Rows of a Hugging Face data set: a saved or loadable directory, an Arrow file, else a name on
+    the hub.
 
-    Raises DataError where it cannot be loaded or has no such split. Rows count from 0.
+    subset: of a data set that has several. streaming: read as it is asked for, not at once. Raises
+    DataError where it cannot be loaded or has no such split. Rows count from 0.
     """
-    rows = _load_dataset(path, split)
+    rows = _load_dataset(path, split, subset, streaming)
     try:
         for number, values in enumerate(rows):
             yield Row(f"{path}: row {number}", dict(values))
@@ -69,9 +74,24 @@ def dataset_rows(path: str, split: str) -> Iterator[Row]:
         raise DataError(f"{path}: cannot be read: {brief(error)}") from error
 
 
-def table_rows(path: str) -> Iterator[Row]:
-    """Rows of a JSONL or Parquet file, by its ending (`.parquet`, else JSONL)."""
-    return parquet_rows(path) if Path(path).suffix == ".parquet" else jsonl_rows(path)
+def table_rows(path: str, split: str = "train", subset: str = "") -> Iterator[Row]:
+    """Rows of a JSONL or Parquet file by its ending, of an Arrow file, a directory or a name on the
+    hub as `dataset_rows` has it."""
+    suffix = Path(path).suffix
+    if suffix == ".parquet":
+        return parquet_rows(path)
+    if suffix not in FILES and (os.path.isdir(path) or HUB_NAME.fullmatch(path)):
+        return dataset_rows(path, split, subset)
+    return dataset_rows(path, split) if suffix == ".arrow" else jsonl_rows(path)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One JSON object a line; the file appears whole or not at all. OSError where it cannot."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with beside.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(beside, path)
 
 
 def token_ids(value: Any, what: str, where: str, vocabulary: int | None = None) -> np.ndarray:
@@ -122,21 +142,24 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     return values
 
 
-def _load_dataset(path: str, split: str) -> Any:
+def _load_dataset(path: str, split: str, subset: str, streaming: bool) -> Any:
     import datasets
 
+    options = {"name": subset or None, "split": split, "streaming": streaming}
     try:
+        if path.endswith(".arrow"):
+            return datasets.Dataset.from_file(path)
         if os.path.isdir(path):
             saved = {"state.json", "dataset_dict.json"} & set(os.listdir(path))
             if not saved:
-                return datasets.load_dataset(path, split=split)
-            loaded = datasets.load_from_disk(path)
+                return datasets.load_dataset(path, **options)
+            loaded = datasets.load_from_disk(path)  # mapped into memory, so never all in it
             return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         if os.path.isabs(path) or path.startswith(".") or path.count("/") > 1:
             raise FileNotFoundError("no such directory")
-        return datasets.load_dataset(path, split=split)
+        return datasets.load_dataset(path, **options)
     except Exception as error:  # the hub's and the builders' errors share no base class
-        problem = f"cannot be loaded with prompts.split={split}: {brief(error)}"
+        problem = f"cannot be loaded with split={split}: {brief(error)}"
         raise DataError(f"{path}: {problem}") from error
 
 

@@ -3,13 +3,16 @@ a wrong file ends in one clear line and not in a half-started run."""
 
 import importlib.util
 import math
+import os
 from typing import NamedTuple
 
 import numpy as np
 
+from actors.encoding import TextEncoder
 from actors.preferences import OfflineGroup, read
-from actors.prompts import PromptStream
+from actors.prompts import Prompts, open_prompts
 from actors.rollout import UNLABELLED
+from actors.row_limits import RowCounts
 from cluster import doctor_machine, reward_inputs
 from configs.choices import DataSource, EngineKind, Precision
 from configs.errors import ConfigError
@@ -18,6 +21,9 @@ from configs.schema import Config
 
 GIB = 2**30
 BLOCK_SIZE = 32  # as in actors.vllm_process, whose import brings torch
+# One of these is in every directory that holds a tokenizer. Where none is, AutoTokenizer may make
+# up one with an empty vocabulary from config.json alone.
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
 COMPRESSED = ("sliding_window", "kv_lora_rank", "attention_chunk_size")  # caches are smaller then
 
 
@@ -44,32 +50,39 @@ def limits(config: Config) -> Limits:
     return Limits(shape.vocab_size, longest)
 
 
-def prompts(config: Config) -> PromptStream:
+def prompts(config: Config) -> Prompts:
     """The run's prompt stream."""
     vocabulary, longest = limits(config)
-    return PromptStream(config.prompts, config.seed, vocabulary, longest, _tokenizer(config))
+    return open_prompts(config.prompts, config.seed, vocabulary, longest, text_encoder(config))
 
 
-def _tokenizer(config: Config):  # type: ignore[no-untyped-def]
-    if not config.policy.path:
+def text_encoder(config: Config) -> TextEncoder | None:
+    """The policy's tokenizer; None for the bandit and for directories without one.
+
+    Raises ValueError where responses would have no end token (`actors.encoding`).
+    """
+    path, revision = config.policy.path, config.policy.revision or None
+    if not path or (os.path.isdir(path) and not TOKENIZER_FILES & set(os.listdir(path))):
         return None
     from transformers import AutoTokenizer
 
+    from actors import policy
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.policy.path, revision=config.policy.revision or None, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError):
         return None
-    return lambda text: tokenizer(text)["input_ids"]
+    return TextEncoder(tokenizer, path, policy.end_tokens(policy.architecture(config)))
 
 
-def offline_data(config: Config, path: str) -> list[OfflineGroup]:
-    """The offline data set, checked against the architecture's limits."""
+def offline_data(config: Config, path: str, counts: RowCounts | None = None) -> list[OfflineGroup]:
+    """The offline data set, checked against the architecture's limits. counts: takes the account
+    of its rows."""
     vocabulary, longest = limits(config)
     groups = read(
-        path, config.rollout.responses_per_prompt, vocabulary, longest, config.rollout.max_tokens
-    )
+        path, config.rollout.responses_per_prompt, vocabulary, longest, config.rollout.max_tokens,
+        text_encoder(config), config.data, counts,
+    )  # fmt: skip
     _serves_objective(config, path, groups)
     return groups
 
@@ -86,13 +99,26 @@ def _serves_objective(config: Config, path: str, groups: list[OfflineGroup]) -> 
             raise ValueError(f"{path}: row {row} has no rewards, which objective.name={name} needs")
 
 
-def check(config: Config) -> None:
+class Checked(NamedTuple):
+    """What was read. rows: their account, by path. notes: what a person should hear of."""
+
+    rows: dict[str, RowCounts]
+    notes: list[str]
+
+
+def check(config: Config) -> Checked:
     """Open everything; raises ValueError in one line for what cannot be used."""
     vllm_can_serve(config)
-    prompts(config)
+    rows: dict[str, RowCounts] = {}
+    stream = prompts(config)
+    if config.prompts.path:
+        rows[config.prompts.path] = stream.counts
     if config.data.source is DataSource.offline and config.data.path:
-        offline_data(config, config.data.path)
+        offline_data(config, config.data.path, rows.setdefault(config.data.path, RowCounts()))
     reward_inputs.check(config, limits(config).vocabulary)
+    encoder = text_encoder(config)
+    notes = [note for path, counts in rows.items() for note in counts.notes(path)]
+    return Checked(rows, notes + (encoder.notes if encoder else []))
 
 
 def vllm_can_serve(config: Config) -> None:

@@ -44,13 +44,16 @@ def train(config: Config, preset: str, crew: Crew | None = None) -> dict[str, An
     the run with status "failed", its reason in the summary.
     """
     started = time.monotonic()
-    inputs.check(config)
+    checked = inputs.check(config)
     directory = run_directory.claim(config, preset)
     scorers.keep(directory.path, config)
     with Progress(directory.name, config.learner.updates, describe(config)) as progress:
+        for note in checked.notes:
+            progress.message(note)
         progress.message("starting Ray")
         with connection.connected(config.cluster) as own:
             run = Run(config, preset, directory, progress, started, crew or Crew(), own)
+            run.rows = {path: counts.record() for path, counts in checked.rows.items()}
             return run.complete()
 
 
@@ -88,6 +91,7 @@ class Run:
         self.checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep)
         self.saver = Saver(config, self.checkpoints, self.parts, self.say, self._complete_state)
         self.watchdog = Watchdog(config, self.parts, self.saver, directory, self.say)
+        self.rows: dict[str, dict[str, int]] = {}  # of the data read, for the summary
         self.resumed_at = 0
         self.signal: int | None = None
         limits = config.limits
@@ -254,7 +258,7 @@ class Run:
         out = summary.summarise(
             self.config, self.preset, self.directory.name, status, failure, tally, queue,
             time.monotonic() - self.started, self._recovery(), scorers.kept(self.directory.path),
-        )  # fmt: skip
+        ) | {"data": self.rows}  # fmt: skip
         self.directory.write_summary(out)
         self.parts.end()
         if not self.parts.crew.keep:

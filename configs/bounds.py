@@ -54,7 +54,7 @@ _GROUPS: dict[Bound, str] = {
         rollout.concurrent_leases limits.failure_window cluster.threads
         objective.importance_cap checkpoint.keep limits.prompt_attempts
         rollout.vllm.tensor_parallel length_data.mode length_data.sft length_data.pairs
-        length_data.layers length_data.heads length_data.width""",
+        length_data.layers length_data.heads length_data.width prompts.buffer""",
     _ZERO_UP: """run.samples_per_round policy.bandit.seed prompts.count prompts.max_tokens
         replay.max_age replay.lag learner.micro_batch learner.micro_tokens
         learner.warmup learner.weight_decay

@@ -30,6 +30,31 @@ class PromptKind(Enum):
     dataset = "dataset"
 
 
+class DataFormat(Enum):
+    """The columns of a data set's rows, `actors.adapters`."""
+
+    auto = "auto"
+    text = "text"
+    alpaca = "alpaca"
+    relabelled = "relabelled"
+    chat = "chat"
+
+
+class OverLength(Enum):
+    """What becomes of a row over a length limit."""
+
+    refuse = "refuse"
+    drop = "drop"
+    cut = "cut"
+
+
+class Pairs(Enum):
+    """Which two of a group's responses `label` compares."""
+
+    disjoint = "disjoint"
+    all = "all"
+
+
 class RewardKind(Enum):
     peak = "peak"
     length = "length"

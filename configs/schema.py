@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 
 from configs.choices import (
     Advantage,
+    DataFormat,
     DataSource,
     EngineKind,
     Importance,
     Order,
+    OverLength,
+    Pairs,
     Precision,
     PromptKind,
     Proximal,
@@ -66,11 +69,16 @@ class PolicyConfig:
 class PromptsConfig:
     source: PromptKind = PromptKind.bandit
     path: str = ""  # file, or a datasets path or name
+    format: DataFormat = DataFormat.auto  # by the columns of each row
     column: str = "prompt"  # text column; a column `prompt_ids` of token ids is read as it is
+    subset: str = ""  # of a data set that has several, as `alpaca_instructions`
     split: str = "train"
     count: int = 10  # bandit: number of contexts; files: at most so many rows, 0 for all
     max_tokens: int = 0  # the longest prompt allowed; 0: what the policy's context leaves
-    shuffle: bool = False  # by keyed draw, anew in each epoch
+    over_length: OverLength = OverLength.refuse  # cut keeps the end of a prompt
+    shuffle: bool = False  # by keyed draw, anew in each epoch; streamed: within each buffer
+    streaming: bool = False  # for sets larger than memory: read on as positions are asked for
+    buffer: int = 10_000  # prompts kept in memory of a streamed set, twice
 
 
 @dataclass
@@ -125,8 +133,13 @@ class DataConfig:
     """Where responses come from. Offline without a path: sampled once from π_ref and labelled."""
 
     source: DataSource = DataSource.on_policy
-    path: str = ""  # JSONL or Parquet of prompts with scored, ranked or labelled responses
-    prompts: int = 100  # offline without a path: groups of C sampled from π_ref
+    path: str = ""  # file or data set of prompts with scored, ranked or labelled responses
+    format: DataFormat = DataFormat.auto  # by the columns of each row
+    subset: str = ""  # of a data set that has several, as `alpaca_human_preference`
+    split: str = "train"
+    over_length: OverLength = OverLength.refuse  # cut keeps the beginning of a response
+    prompts: int = 100  # offline without a path, and label: groups of C sampled from π_ref
+    pairs: Pairs = Pairs.disjoint  # label: which two of a group's responses make a pair
 
 
 @dataclass

@@ -8,7 +8,6 @@ distributed length: so what is preferred lies where the data is (Skew) or where 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from actors.randomness import stream_key, uniforms
+from actors.tables import write_jsonl
 from configs.schema import Config
 from configs.schema_length import LengthDataConfig
 from learner.stages import length_text
@@ -135,15 +135,6 @@ def _pair_lengths(
     uniform_N2 = uniforms(stream_key(seed, f"{stream}/skew"), row_N[:, None], np.arange(2))
     limit_N2 = (-data.skew_mean * np.log(uniform_N2)).astype(np.int64)  # whole words; 0 is none
     return np.where(truncated_N[:, None], np.minimum(length_N2, limit_N2), length_N2)
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line; the file appears whole or not at all."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with beside.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    os.replace(beside, path)
 
 
 def _statistics(data: LengthDataConfig, seed: int) -> dict[str, Any]:
