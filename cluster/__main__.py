@@ -87,6 +87,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return doctor.main(arguments.preset, arguments.settings)
 
 
+def _label(arguments: argparse.Namespace) -> int:
+    from cluster import label
+
+    return label.main(arguments.preset, arguments.settings)
+
+
 def _advise(arguments: argparse.Namespace) -> int:
     from cluster import advise
 
@@ -132,6 +138,9 @@ def parser() -> argparse.ArgumentParser:
     sub = command("bench", _bench, "measure ours beside a named baseline, in one run")
     sub.add_argument("name", choices=["kills", "methods", "overhead", "soak", "weights"])
     sub.add_argument("settings", nargs="*", metavar="key=value")
+    sub = command("label", _label, "preference pairs from a data set's or a policy's responses")
+    sub.add_argument("preset", metavar="PRESET", help="a YAML file, or a name in configs/")
+    sub.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
     sub = command("advise", _advise, "say which methods the paper recommends for a problem")
     sub.add_argument("source", metavar="PRESET|DATASET", help="a preset, or a .jsonl or .parquet")
     sub.add_argument(

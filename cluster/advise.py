@@ -14,9 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers.utils.logging import disable_progress_bar
 
-from actors import policy
 from actors.actor import score
 from actors.engine import Request
 from actors.preferences import OfflineGroup, read, to_rollouts
@@ -25,12 +23,12 @@ from actors.rollout import VALID, GroupId, Rollouts, Version, concatenate
 from actors.torch_engine import TorchEngine
 from cluster import advice, inputs
 from cluster.conditions import MOST_SAMPLES, Groups, measure_coverage, measure_peak
+from cluster.reference import reference_weights
 from configs.choices import RewardKind
-from configs.errors import ConfigError, one_line
+from configs.errors import ConfigError
 from configs.load import prepare, preset_name
 from configs.schema import Config
 from learner.batch import conditionals, pad, token_logps
-from learner.stages.bandit import initial_policy
 from reward_server import rewards
 
 FOR_DATA = "offline_ipo"  # the preset that a data set alone is read with
@@ -94,7 +92,10 @@ def open_problem(source: str, settings: Sequence[str]) -> Problem:
     reward, data = rewards.InProcess(config.reward), []
     if config.data.path:
         vocabulary, longest = inputs.limits(config)
-        data = read(config.data.path, None, vocabulary, longest, config.rollout.max_tokens)
+        data = read(
+            config.data.path, None, vocabulary, longest, config.rollout.max_tokens,
+            inputs.text_encoder(config), config.data,
+        )  # fmt: skip
     asked = _spaced(_prompts(config, data), max(1, samples // EACH))
     least, greatest = RANGE.get(config.reward.kind, (None, None))
     lower, upper = least if lower is None else lower, greatest if upper is None else upper
@@ -180,7 +181,7 @@ def sample(problem: Problem) -> Samples:
     times = -(-each // 64)  # groups of each prompt
     config = replace(config, rollout=replace(config.rollout, responses_per_prompt=each // times))
     engine = TorchEngine(config)
-    engine.load(_weights(config), Version(0, 0))
+    engine.load(reference_weights(config), Version(0, 0))
     requests = [
         Request(GroupId(position, 0), problem.prompts[position % count])
         for position in range(times * count)
@@ -200,18 +201,6 @@ def sample(problem: Problem) -> Samples:
         int((~valid_N).sum()),
         next(iter(block.failures.values()), ""),
     )
-
-
-def _weights(config: Config) -> np.ndarray:
-    """π_ref's; the bandit's are fitted where they are not cached."""
-    disable_progress_bar()
-    try:
-        path = initial_policy(config)
-        return policy.flatten(policy.load_pretrained(config.policy, path, config.learner.precision))
-    except OSError as error:
-        problem = f"cannot be loaded: {one_line(str(error), 120)}"
-        fix = "name a model directory with safetensors"
-        raise ConfigError("policy.path", config.policy.path, problem, fix) from error
 
 
 def _mean_logps(block: Rollouts) -> np.ndarray:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils.logging import disable_progress_bar
 
 from actors import policy
 from actors.actor import score
@@ -20,11 +19,11 @@ from actors.engine import Request
 from actors.rollout import VALID, GroupId, Rollouts, Version, concatenate
 from actors.torch_engine import TorchEngine
 from cluster import inputs
+from cluster.reference import reference_weights
 from configs.choices import RewardKind
 from configs.load import prepare
 from configs.schema import Config
 from learner.batch import conditionals, pad, token_logps
-from learner.stages.bandit import initial_policy
 from reward_server.rewards import InProcess
 
 ROWS = 512  # responses generated at once
@@ -45,10 +44,9 @@ def evaluate(run: Path, settings: list[str]) -> dict[str, Any]:
     config = replace(config, cluster=replace(config.cluster, address=""))
     gold = config.gold if config.gold.kind is not RewardKind.none else config.reward
     judge = InProcess(gold)
-    disable_progress_bar()
     engine = TorchEngine(config)
     requests = _requests(config, samples)
-    trained, reference = _weights(config, str(exported)), _weights(config, initial_policy(config))
+    reference, trained = reference_weights(config), _weights(config, str(exported))
     theirs = _answers(engine, reference, requests, judge)
     ours = _answers(engine, trained, requests, judge)
     out = {

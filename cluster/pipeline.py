@@ -101,7 +101,7 @@ def _supervised(kind: Any) -> Callable[[Config, Path], None]:
 def _label(config: Config, directory: Path) -> None:
     from cluster.label import label
 
-    label(config, directory)
+    label(config, directory, config.gold)
 
 
 _RUN: dict[str, Callable[[Config, Path], None]] = {

@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from actors import policy
-from actors.preference_rows import OfflineGroup, parse_group
+from actors.preference_rows import OfflineGroup, TiedError, parse_group
 from actors.randomness import stream_key
 from actors.rollout import UNLABELLED
 from actors.tables import DataError, Row
@@ -41,10 +41,11 @@ class RewardModel(Stage):
         if self._pad is None:
             self._pad = self.source.pad_token(self.kind, self.settings.pad_token)
             self.dropped["equal"] = 0
-        if _says_equal(row):
+        try:
+            group = parse_group(row, self.source.vocabulary, self.source.encoder)
+        except TiedError:
             self.dropped["equal"] += 1
             return []
-        group = parse_group(row, self.source.vocabulary)
         if any(ids[-1] == self._pad for ids in group.responses):
             raise DataError(f"{row.where}: a response ends with the pad token {self._pad}")
         ranked = ordered_pairs(group, row.where)
@@ -125,9 +126,3 @@ def calibration(margin_n: np.ndarray) -> dict[str, float]:
         "held_out_calibration_error": sum(gaps) / len(margin_n),
         "held_out_brier": float(((1.0 - p_n) ** 2).mean()),
     }
-
-
-def _says_equal(row: Row) -> bool:
-    """Whether a row is a pair of one and the same response, which prefers none."""
-    chosen = row.values.get("chosen_ids")
-    return chosen is not None and chosen == row.values.get("rejected_ids")

@@ -1,5 +1,6 @@
 """The model directory that a stage begins with: its architecture, its tokenizer, special tokens."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from actors import policy
+from actors.encoding import TextEncoder
 from actors.tables import DataError, Row, brief, require, token_ids
 from configs.errors import ConfigError
 from configs.schema import Config, PolicyConfig
@@ -44,6 +46,13 @@ class Source:
     @property
     def vocabulary(self) -> int:
         return int(self.shape.get_text_config().vocab_size)
+
+    @functools.cached_property
+    def encoder(self) -> TextEncoder | None:
+        """For rows of text; None where the directory has no tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return TextEncoder(self.tokenizer, self.path, self.end_tokens())
 
     def end_tokens(self) -> tuple[int, ...]:
         """Token ids that end a response, the one to append first. Raises ConfigError where there is

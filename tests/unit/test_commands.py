@@ -21,7 +21,7 @@ def test_report_of_no_run_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["train", "report", "bench", "advise", "doctor"])
+@pytest.mark.parametrize("command", ["train", "report", "bench", "label", "advise", "doctor"])
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
