@@ -124,6 +124,23 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
         assert link.startswith(("#", "data:")), link
 
 
+def test_gold_stands_beside_the_proxy_where_there_is_a_gold_reward(tmp_path: Path) -> None:
+    run = run_directory(tmp_path / "run")
+    assert "gold" not in page_of(run).flat()
+    lines = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    for line_ in lines:
+        if "reward_eval" in line_:
+            line_ |= {"reward_gold": -line_["reward_eval"], "reward_gold_error": 0.1}
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    gold = {"reward_gold": -0.987, "reward_gold_initial": -0.0314, "gold": {"identity": NASTY}}
+    (run / "summary.json").write_text(json.dumps(SUMMARY | gold))
+    text = page_of(run).flat()
+    assert "Proxy and gold reward" in text and "reward_gold, right" in text
+    assert "−0.0314 → −0.987" in text and NASTY in text
+    (run / "summary.json").unlink()
+    assert report_data.read(run).summary["reward_gold"] == -39 / 30
+
+
 def test_ids_are_unique_and_resolve(tmp_path: Path) -> None:
     page = page_of(run_directory(tmp_path / "run"))
     html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
