@@ -21,7 +21,13 @@ def test_report_of_no_run_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["train", "report", "bench", "label", "advise", "doctor"])
+COMMANDS = [
+    "train", "sft", "reward-model", "label", "pipeline", "evaluate", "study", "report", "bench",
+    "advise", "doctor",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])
