@@ -15,6 +15,10 @@ from learner.cells import StepRecord
 MISMATCHES = ("engine_mismatch_kl", "engine_mismatch_probe")
 
 
+class NotFinite(RuntimeError):
+    """Steps were skipped one after the other: another would be, too."""
+
+
 class Books:
     """The files of one run, the tally, and how far it is."""
 
@@ -42,11 +46,23 @@ class Books:
         self.samples.flush()
         if not first.stepped:
             self.say(f"batch {first.batch}: not finite, its step is skipped")
+            self._check_skipped()
             return
         line = merge(ranks) | totals | {"skipped_total": self.tally.skipped}
         self._check_mismatch(line)
         self.metrics.add(line, evaluated=first.weights is not None)
         self.progress.update(line)
+
+    def _check_skipped(self) -> None:
+        """NotFinite where too many steps in a row were skipped."""
+        count, limit = self.tally.skipped_in_a_row, self.config.limits.skipped_steps
+        if count >= limit:
+            raise NotFinite(
+                f"batches {self.batch - count} … {self.batch - 1}: loss or gradient not finite "
+                f"{count} times in a row (limits.skipped_steps={limit}); the weights are those of "
+                f"step {self.step}, checkpoints stay; lower learner.lr, set learner.max_grad_norm, "
+                "or look at the rewards"
+            )
 
     def _check_mismatch(self, line: dict[str, Any]) -> None:
         """Law 3: say loudly, once, that weights did not arrive; count the steps that show it."""

@@ -16,6 +16,7 @@ class Tally:
     def __init__(self) -> None:
         self.cells: cells.Cells = {}
         self.steps = self.skipped = self.batches = 0
+        self.skipped_in_a_row = 0
         self.tokens = self.rollouts = 0
         self.mismatches = 0  # steps with an engine mismatch over its limit
         self.probed: float | None = None  # the largest of the probe's mismatches
@@ -49,6 +50,7 @@ class Tally:
         self.batches += 1
         self.steps = first.version.step
         self.skipped += not first.stepped
+        self.skipped_in_a_row = 0 if first.stepped else self.skipped_in_a_row + 1
         if first.stepped:  # what a skipped batch measured is not finite
             self.last_cells = cells.add(record.cells for record in ranks)
             self.cells = cells.add([self.cells, self.last_cells])
@@ -90,7 +92,7 @@ class Tally:
 
 _SUMS = (
     "steps", "skipped", "batches", "tokens", "rollouts", "mismatches", "probed", "reward_sum",
-    "reward_count",
+    "reward_count", "skipped_in_a_row",
 )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ _GROUPS: dict[Bound, str] = {
         learner.updates learner.ranks rollout.vllm.max_sequences eval.samples
         rollout.concurrent_leases limits.failure_window cluster.threads
         objective.importance_cap checkpoint.keep limits.prompt_attempts
+        limits.skipped_steps
         rollout.vllm.tensor_parallel length_data.mode length_data.sft length_data.pairs
         length_data.layers length_data.heads length_data.width prompts.buffer""",
     _ZERO_UP: """run.samples_per_round policy.bandit.seed prompts.count prompts.max_tokens
@@ -63,10 +64,14 @@ _GROUPS: dict[Bound, str] = {
         cluster.learner_cpus cluster.learner_gpus cluster.actor_gpus cluster.evaluator_gpus
         cluster.reward_gpus reward.target
         checkpoint.every checkpoint.seconds limits.backoff_seconds limits.learner_restarts
-        limits.queue_restarts limits.evaluator_restarts""",
+        limits.queue_restarts limits.evaluator_restarts objective.value.coefficient
+        objective.kl_reward objective.kl_loss""",
     _FRACTION: """objective.quantile_start objective.quantile_end learner.beta1 learner.beta2
         length_data.prompt_effect""",
     _over_zero(1.0): "rollout.temperature reward.scale",
+    _over_zero(0.2): "objective.value.epsilon",
+    _over_zero(6.0): "objective.kl_target",
+    _over_zero(10_000.0): "objective.kl_horizon",
     _over_zero(0.4): "policy.bandit.scale length_data.spread",
     _over_zero(4.0): "length_data.skew_mean",
     _over_zero(10.0): "reward.width",
@@ -83,7 +88,7 @@ _GROUPS: dict[Bound, str] = {
     _over_zero(900.0): "limits.stall_seconds",
     Bound(0, 1, open_low=True, open_high=True, inside=0.2): "objective.epsilon",
     Bound(0, 1, open_low=True, inside=0.5): "limits.failure_rate",
-    Bound(0, 1): "length_data.skewed",
+    Bound(0, 1): "length_data.skewed objective.value.gamma objective.value.lam",
     Bound(2, 100): "length_data.longest",
     Bound(1, 6144): "length_data.prompts",
     Bound(16): "length_data.context",

@@ -87,6 +87,7 @@ class Importance(Enum):
 class Advantage(Enum):
     standardised = "standardised"
     leave_one_out = "leave_one_out"
+    gae = "gae"
 
 
 class RewardScale(Enum):

@@ -28,6 +28,7 @@ from configs.choices import (
 from configs.schema_length import LengthDataConfig
 from configs.schema_reward import RewardConfig, no_reward
 from configs.schema_stages import PipelineConfig, StageConfig
+from configs.schema_value import ValueConfig
 from configs.schema_vllm import Transfer, VllmConfig
 
 
@@ -121,7 +122,12 @@ class ObjectiveConfig:
     importance: Importance = Importance.none  # reinforce: weight by π_θ/π_gen; ppo's is its ratio
     importance_cap: float | None = None  # most of that weight, and of first_use's; None: no cap
     mask_ratio: float | None = None  # ppo, reinforce: a sequence further off π_gen counts 0
-    advantage: Advantage = Advantage.standardised  # ppo, reinforce
+    advantage: Advantage = Advantage.standardised  # ppo, reinforce; gae has a value head
+    value: ValueConfig = field(default_factory=ValueConfig)  # advantage=gae
+    kl_reward: float = 0.0  # advantage=gae: β of −β·log π_gen/π_ref per token, where it starts …
+    kl_target: float | None = None  # … nats per response that adapts β; None: β stays
+    kl_horizon: float = 10_000  # fresh rollouts over which it adapts
+    kl_loss: float = 0.0  # weight of KL(π_θ‖π_ref), nats per token, in the loss
     reward: RewardScale = RewardScale.raw  # rwr
     floor: float = -8.0  # best_of_n_negative: nats per token under which a response is left alone
     quantile_start: float = 0.5  # rest: samples over this quantile of the round's rewards …
@@ -202,6 +208,7 @@ class LimitsConfig:
     evaluator_restarts: int = 3
     prompt_attempts: int = 3  # deaths of actors on one prompt, before it is quarantined
     engine_mismatch_kl: float | None = None  # nats/token, above it the run warns; None: by dtype
+    skipped_steps: int = 3  # in a row, not finite, that stop the run
 
 
 @dataclass

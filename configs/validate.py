@@ -4,6 +4,7 @@ from configs.bounds import Rule, numbers_are_in_range
 from configs.rules_algorithm import ALGORITHM_RULES
 from configs.rules_data import DATA_RULES
 from configs.rules_gpu import GPU_RULES
+from configs.rules_penalties import PENALTY_RULES
 from configs.rules_reward import REWARD_RULES
 from configs.rules_system import SYSTEM_RULES
 from configs.schema import Config
@@ -12,6 +13,7 @@ from configs.schema import Config
 RULES: tuple[Rule, ...] = (
     numbers_are_in_range,
     *ALGORITHM_RULES,
+    *PENALTY_RULES,
     *SYSTEM_RULES,
     *DATA_RULES,
     *REWARD_RULES,

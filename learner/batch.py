@@ -108,19 +108,40 @@ def pad(block: Rollouts, device: str = "cpu") -> Padded:
     )
 
 
-def conditionals(model: nn.Module, batch: Padded) -> Tensor:
-    """log π(· | prefix) before each response token, under the sampler's temperature, [N, L, V].
+def forward(model: nn.Module, batch: Padded) -> Any:
+    """The network's outputs, `logits` [N, T − 1, V] and what else it has.
 
     The last column predicts nothing, so the network does not see it.
     """
     attention = None if batch.attention_NT is None else batch.attention_NT[:, :-1].long()
-    logits_NTV = model(batch.input_NT[:, :-1], attention_mask=attention, use_cache=False).logits
+    return model(batch.input_NT[:, :-1], attention_mask=attention, use_cache=False)
+
+
+def before_tokens(out_NTX: Tensor, batch: Padded) -> Tensor:
+    """An output at the columns that predict response tokens, [N, L, X]."""
     if batch.column_NL is None:
-        logits_NLV = logits_NTV[:, -batch.token_NL.shape[1] :]
-    else:
-        rows = torch.arange(len(logits_NTV), device=logits_NTV.device)[:, None]
-        logits_NLV = logits_NTV[rows, batch.column_NL]
+        return out_NTX[:, -batch.token_NL.shape[1] :]
+    rows = torch.arange(len(out_NTX), device=out_NTX.device)[:, None]
+    return out_NTX[rows, batch.column_NL]
+
+
+def distributions(outputs: Any, batch: Padded) -> Tensor:
+    """log π(· | prefix) before each response token, under the sampler's temperature, [N, L, V]."""
+    logits_NLV = before_tokens(outputs.logits, batch)
     return (logits_NLV.float() / batch.temperature).log_softmax(-1)
+
+
+def values(outputs: Any, batch: Padded) -> Tensor | None:
+    """V of the prefix before each response token, 0 where masked, [N, L] float32; None where the
+    network has no value head."""
+    if outputs.get("value") is None:
+        return None
+    return torch.where(batch.mask_NL, before_tokens(outputs.value, batch)[..., 0], 0.0)
+
+
+def conditionals(model: nn.Module, batch: Padded) -> Tensor:
+    """`distributions` of a network's outputs."""
+    return distributions(forward(model, batch), batch)
 
 
 def token_logps(conditionals_NLV: Tensor, batch: Padded) -> Tensor:

@@ -32,6 +32,7 @@ class StepRecord:
     cells: Cells
     index: dict[str, Any]  # of the whole minibatch: age, reuse, reward, length; the same on all
     rate: float
+    kl_coefficient: float | None = None  # β of the reward at this step, where there is one
     seconds: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     weights: Any = None  # the new version's weights, where evaluation wants them
@@ -60,6 +61,8 @@ def finish(sums: Sums) -> dict[str, float]:
     out["masked_fraction"] = _ratio(sums, "masked", "rollouts")
     out["implicit_reward_preferred"] = _ratio(sums, "won_log_ratio", "won")
     out["implicit_reward_dispreferred"] = _ratio(sums, "lost_log_ratio", "lost")
+    out["value_loss"] = _ratio(sums, "value_loss", "rollouts")
+    out["value_explained_variance"] = _explained(sums)
     if sums.get("rollouts") and sums.get("ratio_squared"):
         out["ess"] = (sums["ratio"] / math.sqrt(sums["ratio_squared"])) ** 2 / sums["rollouts"]
     return {name: value for name, value in out.items() if value is not None and np.isfinite(value)}
@@ -94,6 +97,20 @@ def table(cells: Cells) -> list[dict[str, Any]]:
         }
         for (age, reuse), sums in sorted(cells.items())
     ]
+
+
+def _explained(sums: Sums) -> float | None:
+    """1 − variance of the values' errors over that of the returns, over tokens; None if they are
+    all equal."""
+    count = sums.get("tokens", 0.0)
+    if "return_squared" not in sums or not count:
+        return None
+
+    def variance(name: str) -> float:
+        return sums[f"{name}_squared"] / count - (sums[name] / count) ** 2
+
+    spread = variance("return")
+    return 1 - variance("value_error") / spread if spread > 1e-12 else None
 
 
 def _ratio(sums: Sums, name: str, per: str) -> float | None:

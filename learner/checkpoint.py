@@ -106,6 +106,7 @@ def save(learner: Any, writer: BackgroundWriter, folder: str, published: Any) ->
     state = {
         "version": list(learner.version),
         "round": learner.round,
+        "kl_coefficient": learner.kl.coefficient,
         "rng": torch.get_rng_state(),
     }
     learner.engine.engine.save_checkpoint(folder, tag=TAG, client_state=state, save_latest=False)
@@ -141,6 +142,7 @@ def load(learner: Any, folder: str, lineage: int) -> list[tuple[Version, np.ndar
     torch.set_rng_state(state["rng"])
     learner.version = Version(lineage, state["version"][1])
     learner.round = state["round"]
+    learner.kl.coefficient = state["kl_coefficient"]
     tree = decode((Path(folder) / RING).read_bytes())
     if learner.conditionals is not None:
         ring = {Version(lin, step): flat for lin, step, flat in tree["ring"]}

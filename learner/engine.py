@@ -14,6 +14,7 @@ from actors import policy
 from configs.choices import Precision, RateSchedule
 from configs.schema import LearnerConfig
 from learner.checkpoint import BackgroundWriter
+from learner.value_head import WithValueHead, policy_of
 
 
 def join(rank: int, ranks: int, master: tuple[str, int], threads: int) -> None:
@@ -57,14 +58,19 @@ def learning_rate(config: LearnerConfig, step: int) -> float:
 
 class DeepSpeedEngine:
     """A network under DeepSpeed. Its own accumulation is 1: the caller marks the last micro-batch
-    of a step and scales losses by ranks / global count, since DeepSpeed averages over ranks."""
+    of a step and scales losses by ranks / global count, since DeepSpeed averages over ranks.
 
-    def __init__(self, model: PreTrainedModel, config: LearnerConfig, ranks: int) -> None:
+    `policy` is what weights are read from: the network without its value head, if it has one.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel | WithValueHead, config: LearnerConfig, ranks: int
+    ) -> None:
         import deepspeed
 
         self.config = config
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            policy_of(model).gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.Adam(
             model.parameters(),
             lr=config.lr,
@@ -78,6 +84,7 @@ class DeepSpeedEngine:
         if ranks == 1 and config.zero_stage == 0:
             self.engine.enable_backward_allreduce = False  # nobody to share gradients with
         self._parameters = list(self.engine.module.parameters())
+        self.policy = policy_of(self.engine.module)
         self._flat: np.ndarray | None = None
         self.writer = BackgroundWriter()
         self.engine.checkpoint_engine = self.writer
@@ -129,7 +136,7 @@ class DeepSpeedEngine:
         """Name, type and whole shape of each parameter, in the order of `gathered`; local."""
         return [
             (name, parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
-            for name, parameter in policy.named(self.engine.module)
+            for name, parameter in policy.named(self.policy)
         ]
 
     @torch.no_grad()
@@ -140,11 +147,11 @@ class DeepSpeedEngine:
         the end, and a tensor is good until the next is asked for.
         """
         if self.config.zero_stage < 3:
-            yield from ((n, p.detach()) for n, p in policy.named(self.engine.module))
+            yield from ((n, p.detach()) for n, p in policy.named(self.policy))
             return
         import deepspeed
 
-        for name, parameter in policy.named(self.engine.module):
+        for name, parameter in policy.named(self.policy):
             with deepspeed.zero.GatheredParameters([parameter]):
                 yield name, parameter.detach()
 
@@ -159,7 +166,7 @@ class DeepSpeedEngine:
             self._flat = np.empty(sum(sizes), dtype=np.float32)
         flat = self._flat
         if also is None and self.config.zero_stage < 3:
-            return policy.flatten(self.engine.module, flat)
+            return policy.flatten(self.policy, flat)
         pieces = torch.from_numpy(flat).split(sizes)
         for (name, tensor), piece in zip(self.gathered(), pieces, strict=True):
             if also is not None:

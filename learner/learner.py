@@ -16,19 +16,23 @@ from actors import policy, probe
 from actors.probe import Probe
 from actors.rollout import Rollouts, Version
 from configs import faults
-from configs.choices import DataSource, Proximal, Schedule
+from configs.choices import Advantage, DataSource, Proximal, Schedule
 from configs.schema import Config
-from learner import measures
-from learner.batch import Padded, conditionals, pad, token_logps, unpad
+from learner import advantages, measures
+from learner.batch import Padded, distributions, forward, pad, token_logps, unpad, values
 from learner.cells import Cells, StepRecord, add
 from learner.conditionals import Conditionals, affordable
+from learner.describe import describe, readable
 from learner.engine import DeepSpeedEngine, learning_rate
+from learner.kl_control import KlController
 from learner.micro_batches import micro_batches
 from learner.objectives import load
-from learner.packing import check_boundaries, response_logps
+from learner.objectives.terms import whole_loss
+from learner.packing import check_boundaries, logps_and_values, response_logps
 from learner.replay.records import Batch
 from learner.signals import Signals, signals
 from learner.stages.bandit import initial_policy
+from learner.value_head import WithValueHead, weightless
 
 REFERENCE = "reference_logp_K"
 PROXIMAL = "proximal_logp_K"
@@ -45,7 +49,10 @@ class Learner:
         precision = config.learner.precision
         model = policy.load_pretrained(config.policy, path, precision)
         self.version = Version(0, 0)
-        self.engine = DeepSpeedEngine(model.train(), config.learner, config.learner.ranks)
+        self.has_values = config.objective.advantage is Advantage.gae
+        network = WithValueHead(model, config.objective.value) if self.has_values else model
+        self.engine = DeepSpeedEngine(network.train(), config.learner, config.learner.ranks)
+        self.kl = KlController(config.objective)
         self.reference = self._frozen(path)
         self.conditionals: Conditionals | None = None
         if affordable(config, int(model.config.vocab_size)):
@@ -108,13 +115,15 @@ class Learner:
             batch.round_rewards, self.config.objective,
             batch.number / max(1, self.config.learner.updates - 1),
         )  # fmt: skip
-        count = notes.count(self.objective.traits.per)
-        loss, cells, derived = self._accumulate(batch, notes, count)
+        kl = self.kl.coefficient
+        loss, cells, derived = self._accumulate(batch, notes)
         rate = learning_rate(self.config.learner, self.version.step)
         faults.hit("learner.step.before")
         stepped = self.engine.step(rate)
         if stepped:
             self.version = Version(self.version.lineage, self.version.step + 1)
+            if _is_fresh(batch):
+                self.kl.stepped(cells, self.engine.device)
         record = StepRecord(
             batch=batch.number,
             round=batch.round,
@@ -122,8 +131,9 @@ class Learner:
             stepped=stepped,
             loss=loss,
             cells=cells,
-            index=_describe(index) if self.rank == 0 else {},
+            index=describe(index) if self.rank == 0 else {},
             rate=rate,
+            kl_coefficient=kl if self.config.objective.kl_reward else None,
             seconds={"step": time.perf_counter() - started},
             samples=self._samples(batch) if first_pass and self.rank == 0 else [],
             queue=batch.measures,
@@ -131,38 +141,57 @@ class Learner:
         return record, derived
 
     def _accumulate(
-        self, batch: Batch, notes: Signals, count: int
+        self, batch: Batch, notes: Signals
     ) -> tuple[float, Cells, dict[str, np.ndarray]]:
         """Backward over the rank's slice in equally many micro-batches on every rank."""
-        parts = micro_batches(batch.index, self.config, self.rank)
+        places = micro_batches(batch.index, self.config, self.rank)
         loss, tables, columns = 0.0, [], []
+        counts = notes.count(self.objective.traits.per), notes.count("rollout")
         whole = pad(batch.block, str(self.engine.device)) if batch.block is not None else None
-        for number, here in enumerate(parts, start=1):
+        parts = [
+            whole.take(here - batch.first) if whole is not None and len(here) else None
+            for here in places
+        ]
+        if self.has_values and _is_fresh(batch):
+            self._derive_advantages(parts, [notes.take(here).reward_N for here in places])
+        for number, (part, here) in enumerate(zip(parts, places), start=1):
             last = number == len(parts)
-            if whole is None or not len(here):
-                self._fill_up(whole, last)
+            if part is None:
+                self._fill_up(last)
                 continue
             value, table, derived = self._micro_batch(
-                whole.take(here - batch.first), notes.take(here), count, last,
+                part, notes.take(here), counts, last,
                 np.where(batch.index.offline, -1, batch.index.age_M[here]),
                 batch.index.reuse_M[here],
             )  # fmt: skip
             loss += value
             tables.append(table)
             columns.append(derived)
-        order_N = np.concatenate(parts) - batch.first
+        order_N = np.concatenate(places) - batch.first
         return loss, add(tables), _packed(columns, order_N, batch.block)
 
+    def _derive_advantages(self, parts: list[Padded | None], reward_N: list[Tensor]) -> None:
+        """Values, returns and advantages at first use, put among each micro-batch's columns."""
+        columns = advantages.derive(
+            self.engine.engine, parts, [r_N.to(self.engine.device) for r_N in reward_N],
+            lambda part: self._reference(part)[0], self.config, self.kl.coefficient,
+        )  # fmt: skip
+        for part, derived in zip(parts, columns):
+            if part is not None:
+                part.derived_NL.update(derived)
+
     def _micro_batch(
-        self, part: Padded, notes: Signals, count: int, last: bool, age_N: np.ndarray,
-        reuse_N: np.ndarray,
+        self, part: Padded, notes: Signals, counts: tuple[int, int], last: bool,
+        age_N: np.ndarray, reuse_N: np.ndarray,
     ) -> tuple[float, Cells, dict[str, Tensor]]:  # fmt: skip
         reference_NL, reference_NLV = self._reference(part)
         generator_NLV = detached_NLV = None
         if self.conditionals is None:
-            logp_NL = response_logps(self.engine.engine, part, self.config.learner.packing)
+            packing = self.config.learner.packing
+            logp_NL, value_NL = logps_and_values(self.engine.engine, part, packing)
         else:
-            now_NLV = conditionals(self.engine.engine, part)
+            outputs = forward(self.engine.engine, part)
+            now_NLV, value_NL = distributions(outputs, part), values(outputs, part)
             logp_NL, detached_NLV = token_logps(now_NLV, part), now_NLV.detach()
             generator_NLV = self.conditionals.of_generator(part, self.version, detached_NLV)
         logp_NL.retain_grad()
@@ -174,7 +203,10 @@ class Learner:
             logp_NL, part.mask_NL, part.logp_NL if known else None, reference_NL,
             derived.get(PROXIMAL),
         )  # fmt: skip
-        value = self.objective.loss(inputs, self.config.objective) / max(count, 1)
+        if value_NL is not None:
+            derived |= {name: part.derived_NL[name] for name in advantages.COLUMNS}
+            inputs = advantages.with_values(inputs, value_NL, part)
+        value = whole_loss(self.objective, inputs, self.config.objective, *counts)
         self.engine.accumulate(value * self.config.learner.ranks, last)
         gradient_NL = logp_NL.grad if logp_NL.grad is not None else torch.zeros_like(logp_NL)
         inputs.logp_NL = logp_NL.detach()
@@ -184,12 +216,10 @@ class Learner:
         )  # fmt: skip
         return float(value.detach()), table, derived
 
-    def _fill_up(self, whole: Padded | None, last: bool) -> None:
+    def _fill_up(self, last: bool) -> None:
         """A micro-batch of weight zero, so that every rank runs equally many."""
-        device = self.engine.device
-        tokens = torch.zeros((1, 2), dtype=torch.long, device=device)
-        logits = self.engine.engine(whole.input_NT[:1] if whole else tokens, use_cache=False).logits
-        self.engine.accumulate(logits.sum() * 0.0, last)
+        tokens = torch.zeros((1, 2), dtype=torch.long, device=self.engine.device)
+        self.engine.accumulate(weightless(self.engine.engine(tokens, use_cache=False)), last)
 
     @torch.no_grad()
     def _reference(self, part: Padded) -> tuple[Tensor, Tensor | None]:
@@ -207,7 +237,7 @@ class Learner:
         if batch.block is None:
             return []
         count = min(self.config.run.samples_per_round, batch.block.groups)
-        return [_readable(batch.block, group, batch.round) for group in range(count)]
+        return [readable(batch.block, group, batch.round) for group in range(count)]
 
     def publishes(self, number: int) -> bool:
         """Whether actors need the version that this batch makes."""
@@ -223,6 +253,11 @@ class Learner:
         return done == self.config.learner.updates or (every > 0 and done % every == 0)
 
 
+def _is_fresh(batch: Batch) -> bool:
+    """Whether it is a first pass; the same on all ranks."""
+    return bool((batch.index.reuse_M == 1).any())
+
+
 def _packed(
     columns: list[dict[str, Tensor]], order_N: np.ndarray, block: Rollouts | None
 ) -> dict[str, np.ndarray]:
@@ -236,43 +271,3 @@ def _packed(
     back = torch.from_numpy(np.argsort(order_N))
     whole = {name: torch.cat([c[name] for c in columns]).cpu()[back] for name in new}
     return {name: unpad(value_NL, block.length_N) for name, value_NL in whole.items()}
-
-
-def _describe(index: Any) -> dict[str, Any]:
-    """Tags and rewards of a minibatch's valid rollouts, for the metrics line."""
-    valid_M = index.valid_M
-    reward = index.reward_M[valid_M]
-    known = reward[~np.isnan(reward)]
-    ages = {} if index.offline else _count(index.age_M[valid_M])
-    return {
-        "age": ages,
-        "reuse": _count(index.reuse_M[valid_M]),
-        "reward_mean": float(known.mean()) if len(known) else None,
-        "response_length": float(index.length_M[valid_M].mean()) if valid_M.any() else None,
-        "truncated_fraction": float(index.truncated_M[valid_M].mean()) if valid_M.any() else None,
-        "tokens": int(index.length_M[valid_M].sum()),
-        "rollouts": int(valid_M.sum()),
-    }
-
-
-def _count(values: np.ndarray) -> dict[int, int]:
-    which, counts = np.unique(values, return_counts=True)
-    return dict(zip(which.tolist(), counts.tolist()))
-
-
-def _readable(block: Rollouts, group: int, round_: int) -> dict[str, Any]:
-    """A group's first rollout, for people to read."""
-    rollout = group * block.members
-    start, stop = block.offset_N1[rollout], block.offset_N1[rollout + 1]
-    reward = float(block.reward_N[rollout])
-    return {
-        "round": round_,
-        "position": int(block.position_G[group]),
-        "member": 0,
-        "prompt": block.prompt(group).tolist(),
-        "response": block.response(rollout).tolist(),
-        "reward": None if np.isnan(reward) else reward,
-        "scorer": block.scorer(rollout) or None,
-        "failure": block.failures.get(rollout),
-        "steps": sorted(set(block.step_K[start:stop].tolist())),
-    }

@@ -12,7 +12,8 @@ from configs.objectives import TABLE
 from configs.schema import ObjectiveConfig
 from learner import divergence
 from learner.cells import Cells
-from learner.objectives.base import LossInputs, pair_masks
+from learner.objectives.base import LossInputs, masked, pair_masks
+from learner.objectives.terms import values_of
 
 
 @torch.no_grad()
@@ -46,6 +47,8 @@ def measure(
         columns.update(_of_objective(inputs, objective))
     if TABLE[objective.name].per == "pair":
         columns.update(_of_pairs(inputs))
+    if inputs.value_NL is not None:
+        columns.update(_of_values(inputs, objective))
     return _by_cell(columns, age_N, reuse_N, valid_N.cpu().numpy())
 
 
@@ -108,6 +111,17 @@ def _of_pairs(inputs: LossInputs) -> dict[str, Tensor]:
     return {
         "won": won_N, "won_log_ratio": won_N * margin_N,
         "lost": lost_N, "lost_log_ratio": lost_N * margin_N,
+    }  # fmt: skip
+
+
+def _of_values(inputs: LossInputs, objective: ObjectiveConfig) -> dict[str, Tensor]:
+    """The value loss, and what the explained variance of returns is made of, [N]."""
+    return_NL = masked(inputs.column("return_NL"), inputs.mask_NL).double()
+    error_NL = return_NL - masked(inputs.column("value_NL"), inputs.mask_NL).double()
+    return {
+        "value_loss": values_of(inputs, objective).double(),
+        "return": return_NL.sum(-1), "return_squared": return_NL.square().sum(-1),
+        "value_error": error_NL.sum(-1), "value_error_squared": error_NL.square().sum(-1),
     }  # fmt: skip
 
 

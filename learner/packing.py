@@ -88,8 +88,18 @@ def rows(batch: Padded, packing: bool) -> Rows:
 def response_logps(model: nn.Module, batch: Padded, packing: bool) -> Tensor:
     """log π of the response tokens taken, under the sampler's temperature, 0 where masked, [N, L].
 
-    model: of transformers, or a DeepSpeed engine of one. The same numbers as
-    `batch.token_logps(batch.conditionals(model, …), …)` in a part of the memory.
+    The same numbers as `batch.token_logps(batch.conditionals(model, …), …)` in a part of the
+    memory.
+    """
+    return logps_and_values(model, batch, packing)[0]
+
+
+def logps_and_values(
+    model: nn.Module, batch: Padded, packing: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`response_logps`, and the values of the prefixes as `batch.values` has them, [N, L] each.
+
+    model: of transformers, with or without a value head, or a DeepSpeed engine of one.
     """
     laid = rows(batch, packing)
     with _head_sees(model, laid.row_K, laid.column_K):
@@ -99,9 +109,15 @@ def response_logps(model: nn.Module, batch: Padded, packing: bool) -> Tensor:
         logits_KV = logits_KV / batch.temperature
     token_K = batch.token_NL[batch.mask_NL]
     logp_K = logits_KV.gather(-1, token_K[:, None])[:, 0] - logits_KV.logsumexp(-1)
-    return torch.zeros(batch.mask_NL.shape, device=logp_K.device).masked_scatter(
-        batch.mask_NL, logp_K
-    )
+    values = out.get("value")
+    value_K = None if values is None else values[laid.row_K, laid.column_K, 0]
+    return _spread(logp_K, batch), None if value_K is None else _spread(value_K, batch)
+
+
+def _spread(value_K: Tensor, batch: Padded) -> Tensor:
+    """Response tokens' numbers in their places, 0 elsewhere, [N, L]."""
+    empty_NL = torch.zeros(batch.mask_NL.shape, device=value_K.device)
+    return empty_NL.masked_scatter(batch.mask_NL, value_K)
 
 
 @contextmanager

@@ -64,13 +64,17 @@ def new_queue(config: Config) -> ReplayQueue:
 
 
 class Local:
-    """Actors, queue and learner of a configuration, stepped by hand."""
+    """Actors, queue and learner of a configuration, stepped by hand.
 
-    def __init__(self, config: Config, actors: int = 1) -> None:
-        join(0, 1, ("127.0.0.1", free_port()), 1)
-        self.config = config
+    rank, port: of several ranks, in a process each with a queue of its own; what the other ranks
+    derive is not in it.
+    """
+
+    def __init__(self, config: Config, actors: int = 1, rank: int = 0, port: int = 0) -> None:
+        join(rank, config.learner.ranks, ("127.0.0.1", port or free_port()), 1)
+        self.config, self.rank = config, rank
         self.queue = new_queue(config)
-        self.learner = Learner(config, 0)
+        self.learner = Learner(config, rank)
         self._publish()
         prompts = inputs.prompts(config)
         self.actors = [
@@ -97,10 +101,12 @@ class Local:
         """Consume batches, generating whatever is admitted before each."""
         for number in range(self.queue.committed, self.queue.committed + count):
             self.generate()
-            batch = self.queue.get(0, number, 0)
+            batch = self.queue.get(0, number, self.rank)
             assert batch is not None, self.queue.missing(number)
             record, derived = self.learner.consume(batch)
-            self.queue.commit(0, number, 0, record.stepped, derived)
+            for rank in range(self.config.learner.ranks):
+                mine = derived if rank == self.rank else None
+                self.queue.commit(0, number, rank, record.stepped, mine)
             if self.learner.publishes(number):
                 self._publish()
             yield record

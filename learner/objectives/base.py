@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass
 class LossInputs:
-    """A micro-batch as losses see it. Everything but `logp_NL` is constant (no gradient).
+    """A micro-batch as losses see it. All but `logp_NL` and `value_NL` is constant (no gradient).
 
     Padding and failed members have False in the masks; what stands in their other columns, NaN
     included, reaches neither the loss nor its gradient. A column that the objective's `Traits` do
@@ -28,6 +28,10 @@ class LossInputs:
     generator_logp_NL: Tensor | None = None  # log π_gen
     proximal_logp_NL: Tensor | None = None  # log π_prox: π_θ when it first consumed the rollout
     reference_logp_NL: Tensor | None = None  # log π_ref
+    advantage_NL: Tensor | None = None  # per token, by GAE, whitened
+    value_NL: Tensor | None = None  # V of the prefix before each token, of the weights in training
+    first_value_NL: Tensor | None = None  # the same when they first consumed the rollout
+    return_NL: Tensor | None = None  # what values are trained towards
     reward_N: Tensor | None = None  # raw reward
     standardised_N: Tensor | None = None  # r̄, equation (19), over the round
     leave_one_out_N: Tensor | None = None  # reward − mean reward of the other valid members

@@ -1,11 +1,12 @@
 """Objectives that weight log-probabilities by an advantage: PPO and REINFORCE.
 
-Both are sums over rollouts (`Traits.per` = rollout). Without a value head the advantage Â of a
-rollout, constant over its tokens, is by `objective.advantage`
+Both are sums over rollouts (`Traits.per` = rollout). The advantage Â is by `objective.advantage`
 
 - `standardised`: r̄, equation (19) of arXiv 2404.14367, over the round; or
 - `leave_one_out`: r minus the mean reward of the other valid members of its group (RLOO: Kool et
-  al. 2019; Ahmadian et al., arXiv 2402.14740, §2.3).
+  al. 2019; Ahmadian et al., arXiv 2402.14740, §2.3), both constant over a rollout's tokens; or
+- `gae`: Â_it of each token, from a value head (`learner.objectives.gae`); it takes Â_i's place in
+  PPO's token form, and in REINFORCE inside the sum over tokens.
 
 Off-policy correction. Weights π/π_gen are constants (no gradient) and, with `objective.
 importance_cap` = c, truncated: min(π/π_gen, c) (Ionides 2008, "Truncated Importance Sampling").
@@ -52,18 +53,19 @@ def ppo(x: LossInputs, s: ObjectiveConfig) -> Tensor:
     gradient 0 and not 0 · ∞.
     """
     x = _within_mask_ratio(x, s)
-    advantage_N = _advantage(x, s)
+    advantage_NL = _advantage(x, s)
     decoupled = s.proximal == Proximal.first_use
     proximal = "proximal_logp_NL" if decoupled else "generator_logp_NL"
     log_ratio_NL = x.log_ratio_NL(proximal)
     per = Importance(s.ratio.value) if decoupled else Importance.none
     weight_NL = _weight(x, s, proximal, per)
     if s.ratio == Ratio.sequence:
+        advantage_N = advantage_NL.squeeze(-1)
         ratio_N = _clipped_ratio(log_ratio_NL.sum(-1), advantage_N, s.epsilon)
         return -(advantage_N * weight_NL.squeeze(-1) * ratio_N).sum()
-    ratio_NL = weight_NL * _clipped_ratio(log_ratio_NL, advantage_N.unsqueeze(-1), s.epsilon)
+    ratio_NL = weight_NL * _clipped_ratio(log_ratio_NL, advantage_NL, s.epsilon)
     length_N = x.mask_NL.sum(-1).clamp(min=1)
-    return -(advantage_N * masked(ratio_NL, x.mask_NL).sum(-1) / length_N).sum()
+    return -((advantage_NL * masked(ratio_NL, x.mask_NL)).sum(-1) / length_N).sum()
 
 
 def reinforce(x: LossInputs, s: ObjectiveConfig) -> Tensor:
@@ -82,14 +84,16 @@ def reinforce(x: LossInputs, s: ObjectiveConfig) -> Tensor:
     """
     x = _within_mask_ratio(x, s)
     weight_NL = _weight(x, s, "logp_NL", s.importance)
-    logp_N = (weight_NL * masked(x.logp_NL, x.mask_NL)).sum(-1)
-    return -(logp_N * _advantage(x, s)).sum()
+    return -(weight_NL * masked(x.logp_NL, x.mask_NL) * _advantage(x, s)).sum()
 
 
 def _advantage(x: LossInputs, s: ObjectiveConfig) -> Tensor:
-    """Â [N], 0 for failed members."""
+    """Â, 0 for failed members: [N, L] by GAE, else [N, 1]."""
+    if s.advantage == Advantage.gae:
+        return masked(x.column("advantage_NL"), x.mask_NL)
     leave_one_out = s.advantage == Advantage.leave_one_out
-    return masked(x.column("leave_one_out_N" if leave_one_out else "standardised_N"), x.valid_N)
+    advantage_N = x.column("leave_one_out_N" if leave_one_out else "standardised_N")
+    return masked(advantage_N, x.valid_N).unsqueeze(-1)
 
 
 def _weight(x: LossInputs, s: ObjectiveConfig, of: str, per: Importance) -> Tensor:

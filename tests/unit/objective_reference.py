@@ -39,6 +39,20 @@ CASES = {
         "reinforce", importance=Importance.token, importance_cap=1.1, mask_ratio=1.1
     ),
     "reinforce leave_one_out": ObjectiveConfig("reinforce", advantage=Advantage.leave_one_out),
+    "ppo gae": ObjectiveConfig("ppo", ratio=Ratio.token, advantage=Advantage.gae),
+    "ppo gae decoupled capped masked": ObjectiveConfig(
+        "ppo",
+        ratio=Ratio.token,
+        epsilon=0.3,
+        advantage=Advantage.gae,
+        proximal=DECOUPLED,
+        importance_cap=1.1,
+        mask_ratio=1.1,
+    ),
+    "reinforce gae": ObjectiveConfig("reinforce", advantage=Advantage.gae),
+    "reinforce gae sequence": ObjectiveConfig(
+        "reinforce", advantage=Advantage.gae, importance=Importance.sequence
+    ),
     "rwr raw": ObjectiveConfig("rwr", beta=0.3),
     "rwr standardised": ObjectiveConfig("rwr", beta=1.5, reward=RewardScale.standardised),
     "best_of_n": ObjectiveConfig("best_of_n"),
@@ -82,6 +96,7 @@ def columns() -> dict[str, np.ndarray]:
         "selected_N": reward >= np.quantile(known, 0.6),
         "score_N": reward,
         "proximal_logp_NL": np.where(mask, logp + draw.normal(0, 0.2, (G * C, L)), np.nan),
+        "advantage_NL": np.where(mask, draw.normal(0, 1, (G * C, L)), np.nan),
     }
 
 
@@ -137,16 +152,17 @@ def policy_gradient(
     decoupled, cap = s.proximal == DECOUPLED, s.importance_cap or math.inf
     proximal = c["proximal_logp_NL" if decoupled else "generator_logp_NL"]
     weighted = frozen["proximal_logp_NL" if decoupled else "logp_NL"]
+    gae = s.advantage == Advantage.gae
     loo = s.advantage == Advantage.leave_one_out
-    advantage = c["leave_one_out_N" if loo else "standardised_N"]
+    of_rollout = c["leave_one_out_N" if loo else "standardised_N"]
 
     def truncated(log_weight: float) -> float:
         return min(math.exp(log_weight), cap)
 
-    def clip(log_ratio: float, log_weight: float, i: int) -> float:
+    def clip(log_ratio: float, log_weight: float, advantage: float) -> float:
         ratio, weight = math.exp(log_ratio), truncated(log_weight) if decoupled else 1
         bounded = np.clip(ratio, 1 - s.epsilon, 1 + s.epsilon)
-        return -weight * min(ratio * advantage[i], bounded * advantage[i])
+        return -weight * min(ratio * advantage, bounded * advantage)
 
     loss = 0.0
     for i in np.flatnonzero(c["valid_N"]):
@@ -156,16 +172,17 @@ def policy_gradient(
         log_weight = weighted[i][tokens] - c["generator_logp_NL"][i][tokens]
         if not unmasked(frozen, s, i):
             continue
+        advantage = c["advantage_NL"][i][tokens] if gae else np.full(len(tokens), of_rollout[i])
         if s.name == "ppo" and s.ratio == Ratio.sequence:
-            loss += clip(log_ratio.sum(), log_weight.sum(), i)
+            loss += clip(log_ratio.sum(), log_weight.sum(), of_rollout[i])
         elif s.name == "ppo":
-            loss += np.mean([clip(t, w, i) for t, w in zip(log_ratio, log_weight)])
+            loss += np.mean([clip(*each) for each in zip(log_ratio, log_weight, advantage)])
         elif s.importance == Importance.sequence:
-            loss -= truncated(log_weight.sum()) * logp.sum() * advantage[i]
+            loss -= truncated(log_weight.sum()) * (logp * advantage).sum()
         elif s.importance == Importance.token:
-            loss -= sum(truncated(w) * t for w, t in zip(log_weight, logp)) * advantage[i]
+            loss -= sum(truncated(w) * t * a for w, t, a in zip(log_weight, logp, advantage))
         else:
-            loss -= logp.sum() * advantage[i]
+            loss -= (logp * advantage).sum()
     return loss
 
 

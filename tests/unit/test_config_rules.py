@@ -52,6 +52,19 @@ BROKEN = [
      "objective.importance_cap", "or objective.importance=token"),
     ("mask_ratio_is_read", "objective.mask_ratio=2", "objective.mask_ratio",
      "objective.mask_ratio=null"),
+    ("value_head_has_a_policy_gradient", "objective.advantage=gae", "objective.advantage",
+     "objective.name=ppo or reinforce"),
+    ("value_head_has_a_policy_gradient", "objective.name=ppo objective.advantage=gae",
+     "objective.advantage", "objective.ratio=token"),
+    ("kl_reward_has_a_value_head", "objective.kl_reward=0.1", "objective.kl_reward",
+     "objective.kl_loss"),
+    ("kl_reward_has_a_value_head", "objective.name=ppo objective.kl_reward=0.1",
+     "objective.kl_reward", "objective.advantage=gae"),
+    ("kl_target_steers_a_penalty",
+     "objective.name=ppo objective.ratio=token objective.advantage=gae objective.kl_target=6",
+     "objective.kl_target", "objective.kl_reward=0.2"),
+    ("kl_loss_is_on_samples_of_the_policy", "data.source=offline objective.kl_loss=0.1",
+     "objective.kl_loss", "data.source=on_policy"),
     ("every_rank_has_a_group", "learner.ranks=11", "learner.ranks", "learner.ranks=10"),
     ("micro_batch_fits", "learner.micro_batch=110", "learner.micro_batch", "micro_batch=100"),
     ("micro_batch_fits", "learner.micro_batch=15", "learner.micro_batch", "=10 or 20"),
@@ -203,6 +216,10 @@ def test_every_number_has_a_range():
         "objective.name=reinforce replay.inner_epochs=1 objective.importance=sequence"
         " objective.importance_cap=5",
         "replay.schedule=pipelined replay.inner_epochs=1 replay.max_age=0 rollout.actors=2",
+        "objective.name=ppo objective.ratio=token objective.advantage=gae objective.kl_reward=0.2"
+        " objective.kl_target=6 objective.proximal=first_use",
+        "objective.name=reinforce replay.inner_epochs=1 objective.advantage=gae"
+        " objective.importance=sequence objective.kl_loss=0.1",
         f"{VLLM} {GPUS} rollout.transfer=nccl rollout.actors=3 learner.ranks=2",
         f"{VLLM} rollout.transfer=nccl cluster.learner_gpus=1 cluster.actor_gpus=4"
         " rollout.vllm.tensor_parallel=4 replay.schedule=pipelined rollout.update=in_flight",

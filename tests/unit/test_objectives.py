@@ -226,6 +226,7 @@ def test_rows_of_signals_feed_losses_that_sum_to_the_whole(case: str) -> None:
         logp = {k: torch.tensor(c[k][a:b]) for k in c if k.endswith("logp_NL")}
         mask = torch.ones(b - a, L, dtype=torch.bool) & ~logp["logp_NL"].isnan()
         part = whole.take(np.arange(a, b)).loss_inputs(mask_NL=mask, **logp)
+        part = replace(part, advantage_NL=torch.tensor(c["advantage_NL"][a:b]))  # the value head's
         return load(s.name).loss(part, s).item()
 
     assert loss(0, C) + loss(C, G * C) == pytest.approx(expected, rel=1e-5)
