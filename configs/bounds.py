@@ -56,7 +56,8 @@ _GROUPS: dict[Bound, str] = {
         limits.skipped_steps
         rollout.vllm.tensor_parallel length_data.mode length_data.sft length_data.pairs
         length_data.layers length_data.heads length_data.width prompts.buffer""",
-    _ZERO_UP: """run.samples_per_round pipeline.seed policy.bandit.seed prompts.count prompts.max_tokens
+    _ZERO_UP: """run.samples_per_round pipeline.seed policy.bandit.seed prompts.count
+        prompts.max_tokens
         replay.max_age replay.lag learner.micro_batch learner.micro_tokens
         learner.warmup learner.weight_decay
         learner.max_grad_norm eval.every limits.actor_restarts cluster.actor_cpus

@@ -81,6 +81,7 @@ def rollouts(groups: int = 6, members: int = 4, failed: tuple[int, ...] = (5,)) 
         status_N=np.zeros(n, dtype=np.uint8),
         truncated_N=np.zeros(n, dtype=bool),
         label_N=random.integers(0, 2, n).astype(np.int8),
+        scorer_N=np.zeros(n, dtype=np.uint8),
     )
     for rollout in failed:
         block.fail(rollout, REWARD_FAILED, "for the test")
