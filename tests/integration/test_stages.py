@@ -1,7 +1,6 @@
 """The commands `sft` and `reward-model`, through Ray and DeepSpeed ranks."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,16 +57,3 @@ def test_two_ranks_and_one_give_the_same_losses(ray_cluster, base, tmp_path, kin
         seen.append([v for line in lines for k, v in line.items() if "loss" in k])
     assert len(seen[0]) == 3 + 2
     assert np.allclose(seen[0], seen[1], atol=1e-5)
-
-
-def test_wrong_input_is_one_line_and_leaves_nothing(base, tmp_path, capsys):
-    runs = tmp_path / "runs"
-    for command, words in (
-        (["sft", "bandit", *own("sft", base, "none.jsonl")], "none.jsonl"),
-        (["reward-model", "bandit", *own("reward_model", str(Path("/none")), "x")], "/none"),
-        (["sft", "bandit"], "sft.model"),
-    ):
-        assert main([*command, f"run.dir={runs}"]) == 2
-        error = capsys.readouterr().err
-        assert words in error and error.strip().count("\n") == 0
-    assert not runs.exists()

@@ -14,7 +14,7 @@ from actors.rollout import REWARD_FAILED, GroupId, Rollouts, concatenate
 from cluster import scorers
 from configs.choices import RewardKind
 from configs.schema import RewardConfig
-from learner.learner import _readable
+from learner.describe import readable
 from reward_server.rewards import InProcess, describe
 from tests.harness import settings
 from tests.rewards import save_model
@@ -56,7 +56,7 @@ def test_each_rollout_says_whose_its_score_is_through_joining_cutting_and_the_jo
 
 
 def test_a_sample_for_people_names_its_scorer(mixed):
-    lines = [_readable(mixed, group, 0) for group in range(3)]
+    lines = [readable(mixed, group, 0) for group in range(3)]
     assert [line["scorer"] for line in lines] == [None, describe(LENGTH), None]
     json.dumps(lines)
 

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from cluster import stage as stages
+from cluster.__main__ import main
 from cluster.progress import Progress
 from cluster.stage import StageRun, run_stage
 from configs.load import ConfigError, prepare
@@ -176,3 +177,16 @@ def test_other_settings_are_refused_and_those_of_other_stages_are_free(data, tmp
     (tmp_path / "mine" / "thesis.tex").write_text("42")
     with pytest.raises(ConfigError, match="no run made"):
         run_stage(free, "sft", tmp_path / "mine")
+
+
+def test_a_command_with_wrong_input_is_one_line_and_leaves_nothing(data, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    for command, words in (
+        (["sft", "bandit", *data, "sft.path=none.jsonl"], "none.jsonl"),
+        (["reward-model", "bandit", *data, "reward_model.model=/none"], "reward_model.model=/none"),
+        (["sft", "bandit"], "sft.model="),
+    ):
+        assert main([*command, f"run.dir={runs}"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and words in error and error.count("\n") == 1
+    assert not runs.exists()
