@@ -15,6 +15,7 @@ import ray
 
 from actors.preferences import from_rollouts, write_parquet
 from cluster.__main__ import main
+from cluster.checkpoints import Checkpoints
 from cluster.train import train
 from configs.load import prepare
 from tests.harness import Local, settings
@@ -253,3 +254,22 @@ def descendants(pid: int) -> set[int]:
         found.update(below)
         todo.extend(below)
     return found
+
+
+def test_three_steps_in_a_row_that_are_not_finite_stop_the_run_with_its_checkpoint(
+    ray_cluster, tmp_path
+):
+    """exp(r/β) overflows at a reward of 1, which comes after some rounds of 0.01."""
+    config = prepare("bandit_rwr", [
+        f"run.dir={tmp_path}", "run.name=nan", "eval.every=0", "replay.inner_epochs=1",
+        "objective.beta=1e-3", "reward.kind=function", "learner.updates=30", "checkpoint.every=2",
+        "reward.path=tests.integration.late_overflow:score", "checkpoint.seconds=0",
+    ])  # fmt: skip
+    summary = train(config, "bandit_rwr")
+    good = summary["updates"]
+    assert summary["status"] == "failed" and summary["skipped"] == 3
+    assert good in (11, 12)  # the first evaluation's responses are scored, too
+    assert f"batches {good} … {good + 2}: " in summary["failure"]
+    assert "limits.skipped_steps=3" in summary["failure"]
+    checkpoint = Checkpoints(tmp_path / "nan" / "checkpoints", 2).newest(pytest.fail)
+    assert checkpoint is not None and checkpoint.name >= "batch-00000002"

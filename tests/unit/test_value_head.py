@@ -11,9 +11,11 @@ from actors import policy
 from configs.schema_value import ValueConfig
 from learner import cells, checkpoint
 from learner.advantages import ADVANTAGE, RETURN, VALUE
-from learner.batch import pad
+from learner.batch import forward, pad, values
 from learner.objectives import Objective
+from learner.packing import logps_and_values, response_logps
 from learner.value_head import WithValueHead, policy_of
+from tests import varying
 from tests.harness import Local, settings
 
 PRESET = "bandit_ppo_value"
@@ -58,6 +60,20 @@ def test_the_value_loss_trains_the_policy_unless_detached(detached: bool) -> Non
     assert all(p.grad is None for p in policy.parameters(net.policy)) == detached
 
 
+@pytest.mark.parametrize("shape", varying.SHAPES)
+def test_values_of_packed_and_padded_rows_are_those_of_each_prefix(shape: str) -> None:
+    net = WithValueHead(varying.network(shape).eval(), ValueConfig())
+    torch.nn.init.normal_(net.value_head.weight)
+    batch = pad(varying.rollouts())
+    with torch.no_grad():
+        expected = values(forward(net, batch), batch)
+        for packing in (False, True):
+            logp_NL, value_NL = logps_and_values(net, batch, packing)
+            assert torch.allclose(value_NL, expected, atol=1e-4)
+            assert torch.allclose(logp_NL, response_logps(net.policy, batch, packing))
+    assert not expected[~batch.mask_NL].any() and expected[batch.mask_NL].std() > 0.1
+
+
 def losses(config, updates: int) -> list[float]:
     return [record.loss for record in Local(config).steps(updates)]
 
@@ -100,7 +116,13 @@ def test_all_passes_see_the_values_and_advantages_of_the_first() -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["learner.micro_batch=30", *(f"learner.zero_stage={n}" for n in (1, 2, 3))]
+    "override",
+    [
+        "learner.micro_batch=30",
+        "learner.packing=true",
+        "learner.zero_stage=2",
+        "learner.zero_stage=3",
+    ],
 )
 def test_micro_batches_and_zero_stages_change_no_loss(override: str) -> None:
     common = (PRESET, "learner.updates=4", "replay.inner_epochs=2")
