@@ -35,7 +35,7 @@ def save_model(folder: Path, family: str = "gpt_neox", seed: int = 0, **changes:
 
 
 def save_tokenizer(folder: Path, *words: str) -> Path:
-    """tokenizer.json of a vocabulary of words, numbered from 0."""
+    """A tokenizer of words, numbered from 0; the first ends responses."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     ids = {word: token for token, word in enumerate(words)}
@@ -43,6 +43,8 @@ def save_tokenizer(folder: Path, *words: str) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": words[0]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind))
     return folder
 
 
