@@ -1,5 +1,6 @@
 """Small language models and batches of varying lengths, for tests of the learner."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -34,20 +35,27 @@ SHAPES: dict[str, PretrainedConfig] = {
 }  # fmt: skip
 
 
-def network(shape: str, attention: str = "sdpa") -> PreTrainedModel:
-    """A network of random weights, far enough from uniform that attention matters."""
+def network(shape: str, attention: str = "sdpa", wide: bool = False) -> PreTrainedModel:
+    """A network of random weights, far enough from uniform that attention matters.
+
+    wide: its matrices have over 100,000 numbers; smaller ones DeepSpeed leaves whole under ZeRO-3.
+    """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(SHAPES[shape], attn_implementation=attention)
+    config = copy.deepcopy(SHAPES[shape])
+    if wide:
+        config.update({"hidden_size": 128, "vocab_size": 1000})
+        config.update({"n_inner" if shape == "gpt2" else "intermediate_size": 1024})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter.mul_(4.0)
+                parameter.mul_(2.0 if wide else 4.0)
     return model
 
 
-def settings_for(folder: Path, shape: str) -> list[str]:
+def settings_for(folder: Path, shape: str, wide: bool = False) -> list[str]:
     """Overrides that make a preset's policy such a network, saved in the folder."""
-    network(shape).save_pretrained(folder / "hf")
+    network(shape, wide=wide).save_pretrained(folder / "hf")
     prompts = folder / "prompts.jsonl"
     prompts.write_text('{"prompt_ids": [1]}\n')
     return [
