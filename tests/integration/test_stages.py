@@ -8,6 +8,9 @@ import pytest
 from cluster.__main__ import main
 from cluster.stage import run_stage
 from configs.load import prepare
+from learner.engine import join
+from learner.stages.supervised import Supervised
+from tests.harness import free_port
 from tests.stages import model_directory, preference_rows, sft_rows, write_rows
 
 TINY = ["lr=1e-2", "minibatch=16"]
@@ -33,8 +36,8 @@ def test_sft_then_a_reward_model_from_its_output(ray_cluster, base, tmp_path, ca
     assert f"model: {policy}" in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(policy).config.eos_token_id == 0
     pairs = write_rows(tmp_path / "pairs.jsonl", preference_rows(100))
-    named = [runs, "run.name=scorer"]
-    command = ["reward-model", "bandit", *named, *own("reward_model", str(policy), pairs)]
+    settings = own("reward_model", str(policy), pairs, "epochs=2")
+    command = ["reward-model", "bandit", runs, "run.name=scorer", *settings]
     assert main(command) == 0
     summary = json.loads((tmp_path / "runs" / "scorer" / "summary.json").read_text())
     assert summary["base"] == str(policy) and summary["held_out_accuracy"] >= 0.9
@@ -47,13 +50,19 @@ def test_sft_then_a_reward_model_from_its_output(ray_cluster, base, tmp_path, ca
 def test_two_ranks_and_one_give_the_same_losses(ray_cluster, base, tmp_path, kind, zero_stage):
     rows = sft_rows(45) if kind == "sft" else preference_rows(45)
     settings = own(kind, base, write_rows(tmp_path / "rows.jsonl", rows), "micro_batch=3")
-    seen = []
-    for ranks in (1, 2):
-        more = [f"learner.ranks={ranks}", f"learner.zero_stage={zero_stage if ranks > 1 else 0}"]
-        folder = tmp_path / f"ranks-{ranks}"
-        summary = run_stage(prepare("bandit", [*settings, *more]), kind, folder)
-        assert summary["status"] == "finished", summary["failure"]
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        seen.append([v for line in lines for k, v in line.items() if "loss" in k])
-    assert len(seen[0]) == 3 + 2
-    assert np.allclose(seen[0], seen[1], atol=1e-5)
+    join(0, 1, ("127.0.0.1", free_port()), 1)
+    alone = Supervised(prepare("bandit", settings), kind, 0)
+    before = held_out_loss(alone)
+    one = [before, *(record.loss for record in alone.train(3)), held_out_loss(alone)]
+    ranks = ["learner.ranks=2", f"learner.zero_stage={zero_stage}"]
+    summary = run_stage(prepare("bandit", [*settings, *ranks]), kind, tmp_path / "two")
+    assert summary["status"] == "finished", summary["failure"]
+    lines = list(map(json.loads, (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()))
+    losses = [line["loss"] for line in lines[1:]]
+    two = [lines[0]["held_out_loss"], *losses, lines[-1]["held_out_loss"]]
+    assert np.allclose(one, two, atol=1e-5) and len(losses) == 3
+
+
+def held_out_loss(trained: Supervised) -> float:
+    examples, outputs = trained.evaluate()
+    return trained.stage.figures(outputs, trained.stage.weight_n[examples])["held_out_loss"]
