@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 import ray
+from ray import serve
 
 from configs.choices import RewardKind
 from configs.schema import RewardConfig
@@ -208,10 +209,17 @@ def test_replicas_of_a_reward_model_agree_and_sign_their_scores(model_service):
 def test_a_replica_with_other_files_than_at_the_start_does_not_score(model_service, model_folder):
     service, _ = model_service
     save_model(model_folder, seed=1)
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if "#model#Scorer#" in actor["name"]:
-            ray.kill(ray.get_actor(actor["name"], actor["namespace"]))
-    scores = service.client.score([[1]], [[2]], timeout_s=6)
+    named = ray.util.list_named_actors(all_namespaces=True)
+    replicas = [actor for actor in named if "::model#Scorer#" in actor["name"]]
+    assert len(replicas) == 2
+    for actor in replicas:
+        ray.kill(ray.get_actor(actor["name"], actor["namespace"]))
+    deadline, said = time.monotonic() + 120, ""
+    while "at the run's start" not in said:  # what new replicas die of, again and again
+        assert time.monotonic() < deadline, said
+        said = serve.status().applications["model"].deployments["Scorer"].message
+        time.sleep(0.2)
+    scores = service.client.score([[1]], [[2]], timeout_s=2)
     assert len(scores.failures) == 1 and not scores.identity
 
 
