@@ -74,6 +74,7 @@ def rollouts() -> Rollouts:
         status_N=np.zeros(n, dtype=np.uint8),
         truncated_N=length_N == LONGEST,
         label_N=np.full(n, -1, dtype=np.int8),
+        scorer_N=np.zeros(n, dtype=np.uint8),
     )
     block.derived["reference_logp_K"] = block.logp_K
     return block
