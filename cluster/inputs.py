@@ -4,6 +4,7 @@ a wrong file ends in one clear line and not in a half-started run."""
 import importlib.util
 import math
 import os
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from actors.prompts import Prompts, open_prompts
 from actors.rollout import UNLABELLED
 from actors.row_limits import RowCounts
 from cluster import doctor_machine, reward_inputs
+from configs.bounds import leaves
 from configs.choices import DataSource, EngineKind, Precision
 from configs.errors import ConfigError
 from configs.rules_system import VLLM_CPU_HEADS
@@ -24,6 +26,7 @@ BLOCK_SIZE = 32  # as in actors.vllm_process, whose import brings torch
 # One of these is in every directory that holds a tokenizer. Where none is, AutoTokenizer may make
 # up one with an empty vocabulary from config.json alone.
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
+_STAGE = re.compile(r"\{\w+\}")
 COMPRESSED = ("sliding_window", "kv_lora_rank", "attention_chunk_size")  # caches are smaller then
 
 
@@ -108,6 +111,7 @@ class Checked(NamedTuple):
 
 def check(config: Config) -> Checked:
     """Open everything; raises ValueError in one line for what cannot be used."""
+    stages_are_filled_in(config)
     vllm_can_serve(config)
     rows: dict[str, RowCounts] = {}
     stream = prompts(config)
@@ -119,6 +123,14 @@ def check(config: Config) -> Checked:
     encoder = text_encoder(config)
     notes = [note for path, counts in rows.items() for note in counts.notes(path)]
     return Checked(rows, notes + (encoder.notes if encoder else []))
+
+
+def stages_are_filled_in(config: Config) -> None:
+    """ConfigError where a path is still a stage's output, which `cluster.pipeline` fills in."""
+    for key, value in leaves(config):
+        if isinstance(value, str) and _STAGE.match(value):
+            fix = "run python -m cluster pipeline with this preset, or name a file or directory"
+            raise ConfigError(key, value, "is the output of a stage that has not been run", fix)
 
 
 def vllm_can_serve(config: Config) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import pipeline
+from cluster import inputs, pipeline
 from configs.errors import ConfigError
 from configs.load import prepare, presets
 
@@ -38,6 +38,11 @@ def test_a_stage_that_the_preset_does_without_is_named_in_the_error():
     config = prepare("length_min", ["pipeline.sft="])
     with pytest.raises(ConfigError, match=r"there is no stage 'sft' in this preset"):
         pipeline.named(config)
+
+
+def test_training_without_its_stages_says_what_to_run():
+    with pytest.raises(ConfigError, match=r"run python -m cluster pipeline with this preset"):
+        inputs.check(prepare("length_min", []))
 
 
 def test_names_are_filled_in_on_a_copy():
