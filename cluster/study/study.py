@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import ray
 
-from cluster import connection
+from cluster import connection, pipeline
 from cluster.run_directory import describe_environment
 from cluster.study import claims, figures, page, results, spec, theory
 from cluster.study.search import combination, search
@@ -41,14 +41,22 @@ def study(
     what = spec.load(name, quick, seeds)
     target.mkdir(parents=True, exist_ok=True)
     with connection.connected(ClusterConfig()):
+        _run_stages(what, folder.parent)
         start_serve(0)
-        trials = Trials(what, target / "trials", parallel or _cores() // CORES_PER_TRIAL, _say)
+        most = parallel or _cores() // CORES_PER_TRIAL
+        trials = Trials(what, target / "trials", most, _say, folder.parent)
         try:
             table = _run(what, trials, target)
         finally:
             trials.end()
     write(what, table, target)
     return target
+
+
+def _run_stages(what: spec.Study, root: Path) -> None:
+    """The stages before training that its cells name, each once, under `root`."""
+    for cell in what.cells:
+        pipeline.run_stages(what.prepare(cell, f"run.dir={root}"))
 
 
 def _run(what: spec.Study, trials: Trials, target: Path) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 
+from cluster import pipeline
 from cluster.remote import spawn
 from cluster.restarts import reason
 from cluster.study.spec import Cell, Study
@@ -35,14 +36,19 @@ class Trial:
         updates = [f"{self.updates} updates"] if self.updates else []
         return ", ".join([*named, f"seed {self.seed}", *rate, *updates])
 
-    def config(self, study: Study, folder: Path) -> Config:
-        """Its settings, with a name made of them, so that equal trials are one run."""
+    def config(self, study: Study, folder: Path, stages: Path | None = None) -> Config:
+        """Its settings, with a name made of them, so that equal trials are one run.
+
+        stages: under which the directories of `pipeline.*` are; None: `folder`.
+        """
         more = [*TRAINING, f"seed={self.seed}", f"run.dir={folder}"]
         more += [f"learner.lr={self.rate}"] if self.rate is not None else []
         more += [f"learner.updates={self.updates}"] if self.updates else []
         config = study.prepare(self.cell, *more)
         config.run.name, config.run.dir = "", ""
         digest = hashlib.sha256(to_yaml(config).encode()).hexdigest()[:10]
+        config.run.dir = str((stages or folder).resolve())
+        config = pipeline.named(config)
         words = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(self.cell.values())).strip("-")
         config.run.name = f"{words or study.name}-{self.seed}-{digest}"
         config.run.dir = str(folder.resolve())
@@ -63,14 +69,15 @@ class Outcome:
 class Trials:
     """Runs trials of a study, `parallel` at a time, in processes that go from one to the next.
 
-    say: takes a line for people.
+    say: takes a line for people. stages: as `Trial.config` has it.
     """
 
     def __init__(
-        self, study: Study, folder: Path, parallel: int, say: Callable[[str], None]
+        self, study: Study, folder: Path, parallel: int, say: Callable[[str], None],
+        stages: Path | None = None,
     ) -> None:  # fmt: skip
         self.study, self.folder, self.say = study, folder, say
-        self.parallel = parallel
+        self.parallel, self.stages = parallel, stages
         self.seconds: list[float] = []  # that trials took here
         self._free: list[Any] = []
 
@@ -79,7 +86,8 @@ class Trials:
 
         A finished one's run is read again where there is one; no trial runs twice.
         """
-        configs = {t: t.config(self.study, self.folder) for t in dict.fromkeys(trials)}
+        distinct = dict.fromkeys(trials)
+        configs = {t: t.config(self.study, self.folder, self.stages) for t in distinct}
         outcomes = {t: o for t, c in configs.items() if (o := _kept(t, c))}
         if outcomes:
             self.say(f"{what}: {len(outcomes)} of {len(configs)} trials are there already")

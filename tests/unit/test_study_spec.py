@@ -28,7 +28,8 @@ def study(tmp_path: Path, text: str):
 def test_every_study_of_ours_has_cells_that_can_run(name, quick):
     found = load(name, quick)
     assert found.cells and found.claims and found.figures and found.source
-    assert found.search if not quick else found.seeds <= 2
+    assert not quick or found.seeds <= 2
+    assert quick or found.search or not found.preset.startswith("bandit")
 
 
 def test_cells_are_the_product_of_the_axes_less_what_is_left_out(tmp_path):
@@ -78,6 +79,15 @@ def test_a_trial_is_named_by_its_settings_so_that_equal_ones_are_one_run(tmp_pat
     assert name != Trial(cell, 1, 1e-3).config(found, tmp_path).run.name
     assert name != Trial(cell, 0, 1e-2).config(found, tmp_path).run.name
     assert name.startswith("1-R1-0-")
+
+
+def test_a_trial_reads_the_stages_that_all_trials_share(tmp_path):
+    found = load("length_min")
+    config = Trial(found.cells[0], 0).config(found, tmp_path / "trials", tmp_path)
+    assert config.policy.path == f"{tmp_path}/length/sft/hf"
+    assert config.run.dir == f"{tmp_path}/trials"
+    elsewhere = Trial(found.cells[0], 0).config(found, tmp_path / "trials", tmp_path / "other")
+    assert elsewhere.run.name == config.run.name
 
 
 class Scored:
