@@ -28,7 +28,7 @@ found = {}
 for name, overrides in json.load(open(sys.argv[5])).items():
     learner = module.Learner(settings(*overrides, f"learner.ranks={ranks}"), rank)
     fill_up, filled = learner._fill_up, []
-    learner._fill_up = lambda whole, last: (filled.append(last), fill_up(whole, last))
+    learner._fill_up = lambda last: (filled.append(last), fill_up(last))
     losses = []
     for number in range(2):
         record, _ = learner.consume(batch_of(rollouts(GROUPS), rank, ranks, number))
