@@ -23,7 +23,7 @@ def test_a_pipeline_ends_with_an_evaluated_policy_and_a_second_call_does_nothing
     assert reward["status"] == "finished"
     written = _times(tmp_path)
     again = pipeline("length_min", settings)
-    assert again["train"] == done["train"]
+    assert again["train"] == json.loads(json.dumps(done["train"]))
     assert again["evaluate"] == evaluation
     assert {path for path, time in _times(tmp_path).items() if written.get(path) != time} == {
         Path("length_min/evaluation.json")
