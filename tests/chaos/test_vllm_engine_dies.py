@@ -4,26 +4,21 @@ import importlib.util
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
+
+from tests.processes import kill_the_vllm_engine
 
 UPDATES = 200
 ROOT = Path(__file__).parents[2]
-
-
-def engines(run: subprocess.Popen) -> list[psutil.Process]:
-    """vLLM's engine processes below a run."""
-    below = psutil.Process(run.pid).children(recursive=True)
-    return [p for p in below if "EngineCore" in " ".join(p.cmdline())]
 
 
 def lines(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+@pytest.mark.timeout(800)
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_a_killed_engine_process_costs_a_restart_and_no_rollout(tmp_path):
     overrides = [f"run.dir={tmp_path}", "run.name=killed", f"learner.updates={UPDATES}"]
@@ -32,13 +27,9 @@ def test_a_killed_engine_process_costs_a_restart_and_no_rollout(tmp_path):
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        until = time.monotonic() + 150
-        while lines(tmp_path / "killed" / "metrics.jsonl") < 10:
-            assert run.poll() is None and time.monotonic() < until, "the run did not start"
-            time.sleep(0.1)
-        (first,) = engines(run)
-        first.kill()
-        output, _ = run.communicate(timeout=150)
+        metrics = tmp_path / "killed" / "metrics.jsonl"
+        kill_the_vllm_engine(run, ready=lambda: lines(metrics) >= 10)
+        output, _ = run.communicate(timeout=400)
     finally:
         run.terminate()
     assert run.returncode == 0, output

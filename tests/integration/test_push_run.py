@@ -5,11 +5,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
+
+from tests.processes import kill_the_vllm_engine
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -65,12 +65,8 @@ def test_in_lockstep_the_first_version_goes_by_host_and_every_other_by_push(tmp_
 
 def test_a_killed_actor_comes_back_by_host_and_the_group_is_built_anew(tmp_path):
     run = start(tmp_path, "replay.inner_epochs=1", "learner.updates=100")
-    until = time.monotonic() + 300
-    while not (tmp_path / "log").exists() or "push 10" not in (tmp_path / "log").read_text():
-        assert run.poll() is None and time.monotonic() < until, "the run did not start"
-        time.sleep(0.05)
-    below = psutil.Process(run.pid).children(recursive=True)
-    next(p for p in below if "EngineCore" in " ".join(p.cmdline())).kill()
+    log_file = tmp_path / "log"
+    kill_the_vllm_engine(run, lambda: log_file.exists() and "push 10" in log_file.read_text())
     out, log = summary(run, tmp_path)
     assert out["updates"] == 100
     hosts = [place for place, line in enumerate(log) if line.startswith("host")]
