@@ -1,6 +1,7 @@
 """`python -m cluster`: the entry points."""
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable
 
@@ -13,6 +14,10 @@ def _train(arguments: argparse.Namespace) -> int:
     from configs.load import prepare, preset_name
 
     config = prepare(arguments.preset, arguments.settings)
+    if arguments.dry_run:
+        from cluster.dry_run import dry_run
+
+        return dry_run(config)
     summary = train(config, preset_name(arguments.preset))
     print_summary(summary)
     print(f"report: {config.run.dir}/{summary['name']}/report.html")
@@ -112,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "run a preset")
     sub.add_argument("preset", metavar="PRESET", help="a YAML file, or a name in configs/")
     sub.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
+    sub.add_argument("--dry-run", action="store_true", help="only settings, and memory per GPU")
     stages = {"sft": "a policy on responses", "reward-model": "a reward model on preferences"}
     for name, what in stages.items():
         sub = command(name, _stage, f"train {what}, as a preset has it")
@@ -160,6 +166,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

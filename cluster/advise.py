@@ -2,7 +2,9 @@
 
 Samples π_ref in this process with the torch engine, whatever the preset's, scores its responses and
 the data's, and has `cluster.conditions` judge. Settings of its own: samples=2000 (of π_ref),
-upper= and lower= (the greatest and least reward possible; known for reward.kind=peak).
+upper= and lower= (the greatest and least reward possible; known for reward.kind=peak). Where a
+preset has a gold reward, that is what responses are scored with; where it trains a reward model on
+preferences and names no other data, those preferences are the data.
 """
 
 import json
@@ -21,7 +23,7 @@ from actors.preferences import OfflineGroup, read, to_rollouts
 from actors.prompts import Prompt
 from actors.rollout import VALID, GroupId, Rollouts, Version, concatenate
 from actors.torch_engine import TorchEngine
-from cluster import advice, inputs
+from cluster import advice, inputs, pipeline
 from cluster.conditions import MOST_SAMPLES, Groups, measure_coverage, measure_peak
 from cluster.reference import reference_weights
 from configs.choices import RewardKind
@@ -88,8 +90,9 @@ def open_problem(source: str, settings: Sequence[str]) -> Problem:
     preset, is_data = source, Path(source).suffix in {".jsonl", ".parquet"}
     if is_data:
         preset, rest = FOR_DATA, [f"data.path={source}", *rest]
-    config = prepare(preset, rest)
-    reward, data = rewards.InProcess(config.reward), []
+    config = _with_stages(prepare(preset, rest))
+    judged_by = config.reward if config.gold.kind is RewardKind.none else config.gold
+    reward, data = rewards.InProcess(judged_by), []
     if config.data.path:
         vocabulary, longest = inputs.limits(config)
         data = read(
@@ -97,7 +100,7 @@ def open_problem(source: str, settings: Sequence[str]) -> Problem:
             inputs.text_encoder(config), config.data,
         )  # fmt: skip
     asked = _spaced(_prompts(config, data), max(1, samples // EACH))
-    least, greatest = RANGE.get(config.reward.kind, (None, None))
+    least, greatest = RANGE.get(judged_by.kind, (None, None))
     lower, upper = least if lower is None else lower, greatest if upper is None else upper
     if lower is not None and upper is not None and lower >= upper:
         raise ConfigError("lower", lower, f"is not below upper={upper:g}", "set a lower one")
@@ -106,6 +109,19 @@ def open_problem(source: str, settings: Sequence[str]) -> Problem:
     kept = _spaced(data, max(1, samples // members)) if data else []
     given = advice.Given(preset, rest, config, members)
     return Problem(name, given, config, reward, asked, kept, samples, lower, upper)
+
+
+def _with_stages(config: Config) -> Config:
+    """The settings with the directories of earlier stages filled in, and with the preferences that
+    a reward model is trained on as data. ConfigError where the policy's stages were not run."""
+    for name in ("data", "sft"):
+        directory = pipeline.directories(config)[name]
+        if directory and not directory.exists():
+            fix = "run `python -m cluster pipeline` with this preset first"
+            raise ConfigError(f"pipeline.{name}", directory, "this stage was not run yet", fix)
+    if not config.data.path and config.pipeline.reward_model:
+        config = replace(config, data=replace(config.data, path=config.reward_model.path))
+    return pipeline.named(config)
 
 
 def _own_settings(

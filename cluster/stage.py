@@ -10,8 +10,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import ray
 
 from cluster import connection, run_directory
 from cluster.checkpoints import Checkpoints, driver_state
+from cluster.interrupts import stopping
 from cluster.progress import Progress
 from cluster.remote import spawn
 from cluster.restarts import reason
@@ -120,7 +119,7 @@ class StageRun:
     def complete(self) -> dict[str, Any]:
         """Start, train and finish; whatever happens, the summary is written and no rank is left."""
         status, failure = "failed", None
-        with self._stop_on_signals():
+        with stopping(self._ask):
             try:
                 self._start()
                 self._train()
@@ -140,23 +139,13 @@ class StageRun:
             shutil.rmtree(self.directory.checkpoints, ignore_errors=True)
         return out
 
-    @contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
+    def _ask(self, number: int) -> bool:
         """Ctrl-C and SIGTERM stop after the steps in hand; a second one at once."""
-
-        def ask(number: int, _: Any) -> None:
-            if self.signal or not self.step:
-                self.signal = number
-                raise KeyboardInterrupt
-            self.signal = number
-            self.say(f"{signal.Signals(number).name}: stopping after a checkpoint")
-
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for which, handler in before.items():
-                signal.signal(which, handler)
+        again, self.signal = bool(self.signal), self.signal or number
+        if again or not self.step:
+            return False
+        self.say(f"{signal.Signals(number).name}: stopping after a checkpoint")
+        return True
 
     def _start(self) -> None:
         """Start the ranks, from the newest checkpoint that is whole."""

@@ -8,8 +8,6 @@ the last checkpoint where the learner dies.
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from cluster import connection, inputs, run_directory, scorers, summary
 from cluster.books import Books
 from cluster.checkpoints import Checkpoints, driver_state
 from cluster.crew import Crew
+from cluster.interrupts import stopping
 from cluster.parts import Parts
 from cluster.progress import Progress
 from cluster.restarts import Restarts, reason
@@ -103,7 +102,7 @@ class Run:
     def complete(self) -> dict[str, Any]:
         """Start, train and finish; whatever happens, the summary is written and nothing is left."""
         status, failure = "failed", None
-        with self._stop_on_signals():
+        with stopping(self._ask):
             try:
                 self._start()
                 self._train()
@@ -117,24 +116,13 @@ class Run:
                 out = self._finish(status, failure)
         return out
 
-    @contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
+    def _ask(self, number: int) -> bool:
         """Ctrl-C and SIGTERM stop after the batches in hand; a second one at once."""
-
-        def ask(number: int, _: Any) -> None:
-            if self.signal:
-                raise KeyboardInterrupt
-            self.signal = number
-            if not self.parts.serving:
-                raise KeyboardInterrupt
-            self.say(f"{signal.Signals(number).name}: stopping after a checkpoint")
-
-        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for which, handler in before.items():
-                signal.signal(which, handler)
+        again, self.signal = bool(self.signal), self.signal or number
+        if again or not self.parts.serving:
+            return False
+        self.say(f"{signal.Signals(number).name}: stopping after a checkpoint")
+        return True
 
     def _start(self) -> None:
         self.checkpoints.clean()

@@ -69,7 +69,7 @@ _GROUPS: dict[Bound, str] = {
         objective.kl_reward objective.kl_loss""",
     _FRACTION: """objective.quantile_start objective.quantile_end learner.beta1 learner.beta2
         length_data.prompt_effect""",
-    _over_zero(1.0): "rollout.temperature reward.scale",
+    _over_zero(1.0): "rollout.temperature reward.scale cluster.gpu_gib",
     _over_zero(0.2): "objective.value.epsilon",
     _over_zero(6.0): "objective.kl_target",
     _over_zero(10_000.0): "objective.kl_horizon",

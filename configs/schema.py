@@ -221,6 +221,7 @@ class ClusterConfig:
     actor_gpus: float = 0.0
     evaluator_gpus: float = 0.0
     reward_gpus: float = 0.0  # for each of reward.replicas
+    gpu_gib: float = 80.0  # GiB of memory that a GPU has, for `train --dry-run`
     colocated: bool = False  # learner and actor share one GPU and take turns: vLLM sleeps meanwhile
     threads: int = 1  # per process; small models are slower with two
     faults: str = ""  # faults on purpose, `configs.faults`; for tests of reliability

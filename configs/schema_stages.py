@@ -15,6 +15,7 @@ class StageConfig:
 
     path: str = ""  # JSONL or Parquet; sft: prompt and response, as text or ids; else preferences
     model: str = ""  # a directory or hub name to begin with; empty: policy.path
+    revision: str = ""  # of `model`: commit on the hub
     epochs: int = 1
     minibatch: int = 64  # examples (rows, or pairs) per optimizer step at most, over all ranks
     micro_batch: int = 0  # examples per forward on one rank; 0: a rank's whole share

@@ -55,8 +55,13 @@ def study(
 
 def _run_stages(what: spec.Study, root: Path) -> None:
     """The stages before training that its cells name, each once, under `root`."""
+    ready: set[Path | None] = {None}
     for cell in what.cells:
-        pipeline.run_stages(what.prepare(cell, f"run.dir={root}"))
+        config = what.prepare(cell, f"run.dir={root}")
+        wanted = set(pipeline.directories(config).values())
+        if not wanted <= ready:
+            pipeline.run_stages(config)
+            ready |= wanted
 
 
 def _run(what: spec.Study, trials: Trials, target: Path) -> pd.DataFrame:

@@ -86,6 +86,7 @@ class Trials:
 
         A finished one's run is read again where there is one; no trial runs twice.
         """
+        self.seconds.clear()  # of trials of another length
         distinct = dict.fromkeys(trials)
         configs = {t: t.config(self.study, self.folder, self.stages) for t in distinct}
         outcomes = {t: o for t, c in configs.items() if (o := _kept(t, c))}

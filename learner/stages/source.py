@@ -123,7 +123,7 @@ class Source:
 def open_source(config: Config, kind: Kind) -> Source:
     """The directory of `<kind>.model`, else of `policy.path`. Raises ConfigError."""
     path, key = settings(config, kind).model, f"{kind}.model"
-    chosen = PolicyConfig(path=path) if path else config.policy
+    chosen = PolicyConfig(path, settings(config, kind).revision) if path else config.policy
     if not chosen.path:
         problem = "there is no model to begin with"
         raise ConfigError(key, "", problem, "set it, or policy.path, to a model directory")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import textwrap
 from pathlib import Path
 
@@ -82,3 +83,26 @@ def test_a_quick_study_of_the_paper_ends_with_its_figure_and_verdicts(tmp_path, 
     on_policy = table[(table.method == "on-policy RWR") & (table.step > 0)]
     assert (on_policy.age == 0).all() and (on_policy.reuse == 1).all()
     assert os.listdir(folder / "trials") and (folder / "environment.json").exists()
+
+
+def test_a_full_disk_is_named_and_the_study_goes_on_when_there_is_room(
+    tmp_path, small, ray_cluster, capfd
+):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a small disk here: a full one is unproven")
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            study(small, disk, parallel=1)
+        told = capfd.readouterr().err
+        assert "FAILED" in told and "No space left" in told
+        kept = {p: p.stat().st_mtime_ns for p in disk.glob("small/trials/*/summary.json")}
+        finished = [p for p in kept if json.loads(p.read_text())["status"] == "finished"]
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        folder = study(small, disk, resume=True, parallel=1)
+        assert all(p.stat().st_mtime_ns == kept[p] for p in finished), "none was redone"
+        assert set(curves(folder).reward) == {"R1", "R2"}
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
