@@ -22,6 +22,7 @@ from cluster.conditions import (
     Peak,
     nats_of_best,
 )
+from cluster.pipeline import directories
 from configs.choices import DataSource
 from configs.errors import ConfigError
 from configs.load import prepare, presets
@@ -125,13 +126,17 @@ def _command(start: Start, given: Given) -> tuple[str, str]:
     changes = [f"objective.name={start.objective}", f"data.source={start.source}"]
     changes += [] if start.with_data else ["data.path="]
     ours = given.preset in presets() and not given.config.policy.path
+    staged = any(directories(given.config).values())
+    if start.with_data and staged and not any(text.startswith("data.path=") for text in kept):
+        changes.append(f"data.path={given.config.data.path}")
     preset, settings = (start.preset, kept) if ours else (given.preset, [*kept, *changes])
-    command = shlex.join(["python", "-m", "cluster", "train", preset, *settings])
+    verb = "pipeline" if staged else "train"
+    command = shlex.join(["python", "-m", "cluster", verb, preset, *settings])
     try:
         prepare(preset, settings)
     except ConfigError as error:
         command += f"   # as it stands refused, {error}"
-    return start.preset, command
+    return preset if staged else start.preset, command
 
 
 def page(title: str, peak: Peak, coverage: Coverage | None, advice: Advice) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from cluster.__main__ import main
 from cluster.pipeline import pipeline
 
 SMALL = [
@@ -28,6 +29,11 @@ def test_a_pipeline_ends_with_an_evaluated_policy_and_a_second_call_does_nothing
     assert {path for path, time in _times(tmp_path).items() if written.get(path) != time} == {
         Path("length_min/evaluation.json")
     }
+    assert main(["advise", "length_min", "samples=256", *settings]) == 0
+    advised = json.loads((tmp_path / "advice/length_min/advice.json").read_text())
+    assert advised["problem"].endswith("s") and "length(target=0" in advised["problem"]  # the gold
+    assert advised["c2"]["responses"] == 256, "the reward model's preferences are the data"
+    assert "pipeline length_min" in advised["advice"]["command"]
 
 
 def _times(folder: Path) -> dict[Path, int]:

@@ -224,10 +224,12 @@ def test_a_reward_outside_of_the_range_given_is_refused(tmp_path, capsys):
     assert "upper=0.01" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("preset", [name for name in presets() if not name.startswith("gpu")])
+@pytest.mark.parametrize("preset", [n for n in presets() if not prepare(n, []).cluster.actor_gpus])
 @pytest.mark.parametrize("start", {start for _, start in advice.TABLE.values()})
 def test_every_command_that_is_advised_can_be_run(preset, start):
     given = advice.Given(preset, ["seed=1"], prepare(preset, ["seed=1"]), 0)
     _, command = advice._command(start, given)
     words = shlex.split(command)
+    staged = any(vars(given.config.pipeline)[stage] for stage in ("data", "sft", "reward_model"))
+    assert words[3] == ("pipeline" if staged else "train")
     assert prepare(words[4], words[5:]).objective.name == start.objective

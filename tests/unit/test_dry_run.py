@@ -1,4 +1,4 @@
-"""The dry run's arithmetic: parameters of the published networks, ZeRO's shards, what does not fit."""
+"""The dry run's arithmetic: parameters of published networks, ZeRO's shards, what does not fit."""
 
 import pytest
 import torch
