@@ -54,7 +54,7 @@ class Role(NamedTuple):
     the GPU that it gets; note: what else is to be known."""
 
     name: str
-    count: int
+    processes: int
     gpus: float
     parts: dict[str, float]
     note: str = ""
@@ -168,7 +168,7 @@ def lines(config: Config) -> Iterator[str]:
     for role in found:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in role.parts.items())
         where = f"{role.gpus:g} GPU" if role.gpus else "CPU"
-        yield f"{role.count} × {role.name} ({where}): {role.total / GIB:.1f} GiB = {parts}"
+        yield f"{role.processes} × {role.name} ({where}): {role.total / GIB:.1f} GiB = {parts}"
         told = [_verdict(role.total, role.gpus, config), role.note]
         if any(told):
             yield "    " + "; ".join(filter(None, told))

@@ -4,11 +4,13 @@ The fields are those of each network's public config.json; parameters are counte
 that transformers builds of them, without its weights.
 """
 
+from typing import Any
+
 from transformers import AutoConfig, GPTNeoXConfig, MistralConfig, PretrainedConfig
 
 from configs.errors import ConfigError
 
-_PYTHIA = {"vocab_size": 50_304, "max_position_embeddings": 2048, "eos_token_id": 0}
+_PYTHIA: dict[str, Any] = {"vocab_size": 50_304, "max_position_embeddings": 2048, "eos_token_id": 0}
 _KNOWN: dict[str, PretrainedConfig] = {
     "EleutherAI/pythia-410m": GPTNeoXConfig(
         **_PYTHIA, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,

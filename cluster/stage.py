@@ -119,7 +119,7 @@ class StageRun:
     def complete(self) -> dict[str, Any]:
         """Start, train and finish; whatever happens, the summary is written and no rank is left."""
         status, failure = "failed", None
-        with stopping(self._ask):
+        with stopping(self._on_signal):
             try:
                 self._start()
                 self._train()
@@ -139,7 +139,7 @@ class StageRun:
             shutil.rmtree(self.directory.checkpoints, ignore_errors=True)
         return out
 
-    def _ask(self, number: int) -> bool:
+    def _on_signal(self, number: int) -> bool:
         """Ctrl-C and SIGTERM stop after the steps in hand; a second one at once."""
         again, self.signal = bool(self.signal), self.signal or number
         if again or not self.step:

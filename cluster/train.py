@@ -102,7 +102,7 @@ class Run:
     def complete(self) -> dict[str, Any]:
         """Start, train and finish; whatever happens, the summary is written and nothing is left."""
         status, failure = "failed", None
-        with stopping(self._ask):
+        with stopping(self._on_signal):
             try:
                 self._start()
                 self._train()
@@ -116,7 +116,7 @@ class Run:
                 out = self._finish(status, failure)
         return out
 
-    def _ask(self, number: int) -> bool:
+    def _on_signal(self, number: int) -> bool:
         """Ctrl-C and SIGTERM stop after the batches in hand; a second one at once."""
         again, self.signal = bool(self.signal), self.signal or number
         if again or not self.parts.serving:
