@@ -89,7 +89,7 @@ _GROUPS: dict[Bound, str] = {
     _over_zero(900.0): "limits.stall_seconds",
     Bound(0, 1, open_low=True, open_high=True, inside=0.2): "objective.epsilon",
     Bound(0, 1, open_low=True, inside=0.5): "limits.failure_rate",
-    Bound(0, 1): "length_data.skewed objective.value.gamma objective.value.lam",
+    Bound(0, 1): "length_data.skewed length_data.wide objective.value.gamma objective.value.lam",
     Bound(2, 100): "length_data.longest",
     Bound(1, 6144): "length_data.prompts",
     Bound(16): "length_data.context",

@@ -17,6 +17,10 @@ class LengthDataConfig:
     sft: int = 8_000  # rows
     prompts: int = 1_000
     pairs: int = 4_000  # of each preference set
+    wide: float = (
+        0.5  # share of Min's and Mode's pairs with lengths uniform over 1 … 2·mode, so that
+    )
+    # a reward model learns about short ones; the others are as long as SFT's
     skewed: float = 0.95  # share of the pairs of Skew Length that are truncated …
     skew_mean: float = 4.0  # … to lengths drawn from an exponential distribution with this mean
     layers: int = 2

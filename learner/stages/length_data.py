@@ -128,9 +128,12 @@ def _pair_lengths(
 ) -> np.ndarray:
     drawn = [length_text.draw_lengths(data, asked, seed, f"{stream}/{member}") for member in (0, 1)]
     length_N2 = np.stack(drawn, axis=1)
-    if not skewed:
-        return length_N2
     row_N = np.arange(len(asked))
+    if not skewed:
+        wide_N = uniforms(stream_key(seed, "pairs/wide"), row_N) < data.wide
+        uniform_N2 = uniforms(stream_key(seed, f"{stream}/wide"), row_N[:, None], np.arange(2))
+        most = min(2 * data.mode, data.longest)
+        return np.where(wide_N[:, None], 1 + (most * uniform_N2).astype(np.int64), length_N2)
     truncated_N = uniforms(stream_key(seed, "skew/which"), row_N) < data.skewed
     uniform_N2 = uniforms(stream_key(seed, f"{stream}/skew"), row_N[:, None], np.arange(2))
     limit_N2 = (-data.skew_mean * np.log(uniform_N2)).astype(np.int64)  # whole words; 0 is none

@@ -99,7 +99,19 @@ def test_skew_length_truncates_95_percent_of_the_pairs_to_exponential_lengths():
     long_N = length_N2[:, 0] > 7  # both are: nearly all of the untouched, e^−4 of the truncated
     assert 0.05 < long_N.mean() < 0.05 + 0.03
     untouched = length_data.preference_rows(replace(DATA, skewed=0.0), 0, "skew")
-    assert untouched == length_data.preference_rows(DATA, 0, "min")
+    assert untouched == length_data.preference_rows(replace(DATA, wide=0.0), 0, "min")
+
+
+def test_half_of_min_and_modes_pairs_have_any_length_up_to_twice_the_mode():
+    asked = length_text.choose(20_000, 0, "pairs")
+    wide_N2 = length_data._pair_lengths(replace(DATA, wide=1.0), asked, 0, "try", skewed=False)
+    counts = np.bincount(wide_N2.ravel(), minlength=42)
+    assert counts[0] == counts[41] == 0 and (abs(counts[1:41] / 1000 - 1) < 0.15).all()
+    drawn_N2 = length_data._pair_lengths(DATA, asked, 0, "try", skewed=False)
+    short = (wide_N2 <= 7).mean()
+    narrow_N2 = length_data._pair_lengths(replace(DATA, wide=0.0), asked, 0, "try", skewed=False)
+    assert (narrow_N2 <= 7).mean() < 0.02
+    assert abs((drawn_N2 <= 7).mean() - 0.5 * short) < 0.02
 
 
 def test_truncated_lengths_are_exponential_with_the_mean_set():
