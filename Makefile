@@ -20,7 +20,7 @@ MISFITS := torchvision torchaudio torchcodec
 bandit: .venv/.base
 	$(BIN)/python -m cluster train bandit
 
-test: .venv/.test
+test: .venv/.test .venv/prometheus
 	$(BIN)/python -m pytest
 
 lint: .venv/.test
@@ -45,6 +45,14 @@ lint: .venv/.test
 	$(PIP) install -c constraints.txt -e '.[$(TEST_EXTRAS)]'
 	$(PIP) uninstall -y $(MISFITS) 2>/dev/null || true
 	touch $@
+
+# Debian's Prometheus, unpacked without root for the tests that scrape a run. Where there is no such
+# package they are skipped, and a prometheus on the PATH does as well.
+.venv/prometheus: | .venv/.torch
+	cd .venv && { apt-get download prometheus || { apt-get update && apt-get download prometheus; }; } \
+	  >/dev/null 2>&1 && dpkg -x prometheus_*.deb prometheus \
+	  || echo 'no prometheus package: the tests that need it are skipped'
+	rm -f .venv/prometheus_*.deb
 
 clean:
 	rm -rf .venv

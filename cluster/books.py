@@ -7,6 +7,7 @@ from typing import Any
 from cluster import summary
 from cluster.evaluations import Evaluations
 from cluster.metrics import MetricsFile, merge
+from cluster.monitoring.exporter import Exporter
 from cluster.progress import Progress
 from cluster.run_directory import RunDirectory
 from configs.schema import Config
@@ -20,10 +21,11 @@ class NotFinite(RuntimeError):
 
 
 class Books:
-    """The files of one run, the tally, and how far it is."""
+    """The files of one run, the tally, how far it is, and what is exported of it."""
 
     def __init__(self, config: Config, directory: RunDirectory, progress: Progress) -> None:
         self.config, self.progress = config, progress
+        self.exporter = Exporter(config)
         self.say: Callable[[str], None] = progress.message
         self.metrics = MetricsFile(directory.metrics)
         self.samples = directory.samples.open("ab")
@@ -52,6 +54,7 @@ class Books:
         self._check_mismatch(line)
         self.metrics.add(line, evaluated=first.weights is not None)
         self.progress.update(line)
+        self.exporter.step(line, self.tally.last_cells)
 
     def _check_skipped(self) -> None:
         """NotFinite where too many steps in a row were skipped."""
@@ -85,6 +88,7 @@ class Books:
             self.tally.evaluated(step, result)
             self.metrics.complete(step, result)
             self.progress.update({"step": step, **result})
+            self.exporter.evaluated(result)
 
     def state(self, evaluations: Evaluations) -> dict[str, Any]:
         """All of it at a cut, but for evaluations that are still awaited."""
@@ -123,5 +127,6 @@ class Books:
 
     def close(self) -> None:
         """Write what is held back."""
+        self.exporter.close()
         self.metrics.close()
         self.samples.close()

@@ -38,6 +38,9 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not config.dashboard:  # whose list of past tasks would fill 250 MB within an hour
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
+    if config.metrics_seconds:
+        report = str(max(1000, round(1000 * config.metrics_seconds)))
+        os.environ.setdefault("RAY_metrics_report_interval_ms", report)
     address = config.address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:

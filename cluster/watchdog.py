@@ -55,14 +55,15 @@ class Watchdog:
         """The learner is about to be asked for batches."""
         self._since = time.monotonic()
 
-    def look(self) -> None:
-        """Restart rollout actors that died or hang. LearnerLost where the learner does, Stalled
-        where nothing explains why the run stands still."""
+    def look(self) -> dict[str, Any]:
+        """Restart rollout actors that died or hang; returns the queue's status, empty where it
+        does not answer. LearnerLost where the learner dies or hangs, Stalled where nothing explains
+        why the run stands still."""
         try:
             status = self.parts.status()
         except QueueSilent as error:
             self.say(str(error))
-            return
+            return {}
         assert self.parts.fleet is not None
         for line in self.parts.fleet.watch(status["actors"]):
             self.say(line)
@@ -76,6 +77,7 @@ class Watchdog:
                 f"nothing went forward for {self.limits.stall_seconds:g} s "
                 f"({DUMP} has the state): {status['missing']}"
             )
+        return status
 
     def _dump(self, status: dict[str, Any]) -> None:
         """What every part was at, for people."""

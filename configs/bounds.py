@@ -63,7 +63,7 @@ _GROUPS: dict[Bound, str] = {
         learner.max_grad_norm eval.every limits.actor_restarts cluster.actor_cpus
         rollout.vllm.kv_cache_gib
         cluster.learner_cpus cluster.learner_gpus cluster.actor_gpus cluster.evaluator_gpus
-        cluster.reward_gpus reward.target
+        cluster.reward_gpus reward.target cluster.metrics_seconds
         checkpoint.every checkpoint.seconds limits.backoff_seconds limits.learner_restarts
         limits.queue_restarts limits.evaluator_restarts objective.value.coefficient
         objective.kl_reward objective.kl_loss""",

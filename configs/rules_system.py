@@ -96,6 +96,13 @@ def faults_are_known(config: Config) -> None:
         raise ConfigError("cluster.faults", config.cluster.faults, str(error), fix) from error
 
 
+def metrics_are_no_faster_than_rays(config: Config) -> None:
+    """Ray reports at most once a second; what is exported more often goes unseen."""
+    key, seconds = "cluster.metrics_seconds", config.cluster.metrics_seconds
+    if 0 < seconds < 1:
+        raise ConfigError(key, seconds, "Ray reports once a second", f"set {key}=1, or 0 for none")
+
+
 def run_name_is_a_file_name(config: Config) -> None:
     """A run's name is safe as a directory of `run.dir`."""
     name = config.run.name
@@ -113,5 +120,6 @@ SYSTEM_RULES: tuple[Rule, ...] = (
     prompts_have_a_source,
     bandit_contexts_are_tokens,
     run_name_is_a_file_name,
+    metrics_are_no_faster_than_rays,
     faults_are_known,
 )

@@ -224,6 +224,7 @@ class ClusterConfig:
     gpu_gib: float = 80.0  # GiB of memory that a GPU has, for `train --dry-run`
     colocated: bool = False  # learner and actor share one GPU and take turns: vLLM sleeps meanwhile
     threads: int = 1  # per process; small models are slower with two
+    metrics_seconds: float = 10.0  # between exports to Ray's metrics agent, at least 1; 0: none
     faults: str = ""  # faults on purpose, `configs.faults`; for tests of reliability
 
 

@@ -65,6 +65,19 @@ class Plan:
             return committed >= round_ * self.batches_per_round
         return self.last_age(round_, committed, step, version_step) <= self.max_age
 
+    @property
+    def most_open(self) -> int:
+        """The most groups that admission lets be leased or queued at once, no step skipped.
+
+        Batch c of a round leaves room for (max_age − lag + 1 + c mod S)/S rounds, the one in hand
+        included; before the first step, when no version is late yet, for (max_age + 1)/S.
+        """
+        if self.lockstep or self.offline:
+            return self.groups_per_round
+        size = self.batches_per_round
+        rounds = max((self.max_age - self.lag) // size + 1, (self.max_age + 1) // size)
+        return min(rounds, self.rounds) * self.groups_per_round
+
     def consumed_by(self, batch: int) -> tuple[int, list[int]]:
         """Round of a batch, and the places of its groups within the round, in order."""
         round_, index = divmod(batch, self.batches_per_round)

@@ -111,6 +111,8 @@ BROKEN = [
     ("gold_has_no_service", "gold.kind=peak gold.replicas=2", "gold.replicas", "gold.replicas=1"),
     ("run_name_is_a_file_name", "run.name=a/b", "run.name", "run.name=a_b"),
     ("run_name_is_a_file_name", "run.name=..", "run.name", "run.name=try"),
+    ("metrics_are_no_faster_than_rays", "cluster.metrics_seconds=0.5", "cluster.metrics_seconds",
+     "cluster.metrics_seconds=1"),
     ("faults_are_known", "cluster.faults=actor.put.before@1:burn", "cluster.faults", "kill, hang"),
     ("length_network_has_whole_heads", "length_data.width=72", "length_data.width", "=64 or 80"),
     ("length_responses_have_their_mode", "length_data.mode=55", "length_data.mode", "=20"),

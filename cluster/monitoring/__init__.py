@@ -1,0 +1,1 @@
+"""Metrics for machines: Ray's agent, Prometheus, Grafana."""
