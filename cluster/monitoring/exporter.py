@@ -1,7 +1,8 @@
 """The driver's metrics, given to Ray's metrics agent, from where Prometheus scrapes them.
 
 Every name of `cluster.metrics.METRICS` with the prefix that Ray and we put before it. A step costs
-an append: the rest is done once in `cluster.metrics_seconds`, as often as Ray reports.
+an append: the rest is done once in `cluster.metrics_seconds`, as often as Ray reports. Ray forgets
+a gauge that is not set again, so all that are known are, also in a window without a step.
 """
 
 import time
@@ -17,6 +18,7 @@ from learner import cells
 from learner.replay.staleness import plan
 
 PREFIX = "onpolicy_"  # Ray puts `ray_` before it
+HELP = "see METRICS in cluster/metrics.py"  # Ray takes ASCII, which meanings are not
 _COUNTERS = (Form.COUNT, Form.CELL_COUNT)
 
 
@@ -39,7 +41,7 @@ class Exporter:
         self._last = 0.0  # when it exported
         self._lines: list[Line] = []
         self._tables: list[cells.Cells] = []
-        self._known: list[Sample] = []  # that no window makes, not yet exported
+        self._gauges: dict[tuple[Any, ...], float] = {}  # newest value by name and labels
         self._series: dict[str, Gauge | _Total] = {}
         self._counted: dict[tuple[Any, ...], float] = {}  # the totals that are exported
         self._goes_on = False
@@ -54,7 +56,7 @@ class Exporter:
             assert isinstance(series, _Total)
             series.begin(dict(sample.labels))
         schedule = plan(config)
-        self._set(Sample("queue_budget", (), schedule.most_open * schedule.members))
+        self._know(Sample("queue_budget", (), schedule.most_open * schedule.members))
 
     def _make(self, metric: Metric, run: str) -> None:
         """The series of a metric, and those of its cells."""
@@ -63,7 +65,7 @@ class Exporter:
             named[f"cell_{metric.name}"] = CELL_LABELS
         kind = _Total if metric.form in _COUNTERS else Gauge
         for name, labels in named.items() if metric.form is not Form.LATENCY else ():
-            series = kind(PREFIX + name, metric.meaning, ("run", *labels))
+            series = kind(PREFIX + name, HELP, ("run", *labels))
             self._series[name] = series.set_default_tags({"run": run})
 
     def resumed(self) -> None:
@@ -81,7 +83,7 @@ class Exporter:
         """An evaluation's result."""
         for metric in METRICS if self.every else ():
             if metric.form is Form.EVALUATED and metric.name in result:
-                self._known.append(Sample(metric.name, (), result[metric.name]))
+                self._know(Sample(metric.name, (), result[metric.name]))
 
     def heard(self, status: dict[str, Any]) -> None:
         """The queue's `status`: when each stage was last heard of. An empty one is the driver's."""
@@ -95,10 +97,8 @@ class Exporter:
         for metric in METRICS:
             if metric.form is Form.MOMENT:
                 (label,) = metric.labels
-                self._known += [
-                    Sample(metric.name, ((label, stage),), now - seconds)
-                    for stage, seconds in silent.items()
-                ]
+                for stage, seconds in silent.items():
+                    self._know(Sample(metric.name, ((label, stage),), now - seconds))
         self._export_if_due()
 
     def _export_if_due(self) -> None:
@@ -108,12 +108,10 @@ class Exporter:
             self._export()
 
     def _export(self) -> None:
-        for sample in self._known:
-            self._set(sample)
         if self._lines:
             table = cells.add(self._tables)
             for sample in samples.gauges(self._lines, table):
-                self._set(sample)
+                self._know(sample)
             if self._goes_on:
                 self._counted = {s[:2]: s.value for s in samples.totals(self._lines[0])}
                 self._goes_on = False
@@ -121,12 +119,14 @@ class Exporter:
                 self._count_up_to(sample)
             for sample in samples.increments(table):
                 self._count(sample)
-        self._known, self._lines, self._tables = [], [], []
+        self._lines, self._tables = [], []
+        for (name, labels), value in self._gauges.items():
+            series = self._series[name]
+            assert isinstance(series, Gauge)
+            series.set(value, dict(labels))
 
-    def _set(self, sample: Sample) -> None:
-        series = self._series[sample.name]
-        assert isinstance(series, Gauge)
-        series.set(float(sample.value), dict(sample.labels))
+    def _know(self, sample: Sample) -> None:
+        self._gauges[sample[:2]] = float(sample.value)
 
     def _count(self, sample: Sample) -> None:
         series = self._series[sample.name]

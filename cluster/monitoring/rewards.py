@@ -6,7 +6,7 @@ from ray.util.metrics import Histogram
 
 from actors.actor import RewardClient, Scores
 from cluster.metrics import METRICS, Form
-from cluster.monitoring.exporter import PREFIX
+from cluster.monitoring.exporter import HELP, PREFIX
 from configs.schema import Config
 
 SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
@@ -19,7 +19,7 @@ class TimedRewards:
         self.client = client
         labels = {"run": run, "actor": str(actor)}
         (metric,) = (m for m in METRICS if m.form is Form.LATENCY)
-        series = Histogram(PREFIX + metric.name, metric.meaning, SECONDS, tuple(labels))
+        series = Histogram(PREFIX + metric.name, HELP, SECONDS, tuple(labels))
         self._latency = series.set_default_tags(labels)
 
     def score(

@@ -116,6 +116,7 @@ def test_a_thousand_steps_a_second_are_exported_once_in_metrics_seconds(clock):
         out.step(LINE | {"step": step, "loss": float(step)}, {(0, 1): sums()})
     assert Series.made["loss"].writes == 2 and Series.made["cell_gradient_share"].writes == 2
     assert Series.made["queue_budget"].values[()] == 100
+    assert Series.made["queue_budget"].writes == 2, "Ray forgets a gauge that is not set again"
     out.close()
     consumed = Series.made["cell_rollouts_total"].values
     assert sum(consumed.values()) == 10 * 20_000, "no step is lost between exports"
