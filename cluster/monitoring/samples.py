@@ -108,8 +108,8 @@ def zeros(config: Config) -> Iterator[Sample]:
     """Every counter's series, at 0: a rate needs to know where a count began."""
     for metric in METRICS:
         if metric.form is Form.COUNT:
-            for labels in [(("reason", why),) for why in REASONS] if metric.labels else [()]:
-                yield Sample(metric.name, labels, 0.0)
+            for why in REASONS if metric.labels else ("",):
+                yield Sample(metric.name, (("reason", why),) if why else (), 0.0)
         elif metric.form is Form.CELL_COUNT:
             for labels in _possible_cells(config):
                 yield Sample(metric.name, labels, 0.0)
