@@ -1,6 +1,7 @@
 """Texts and conversations to token ids, by the policy's own tokenizer and chat template."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from actors.adapters import Text
@@ -13,6 +14,26 @@ PLAIN_TEMPLATE = (
     "<|system|>{% else %}<|prompter|>{% endif %}{{ message.content }}{{ eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+# One of these is in every directory that holds a tokenizer. Where none is, AutoTokenizer may make
+# up one with an empty vocabulary from config.json alone.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def open_tokenizer(path: str, revision: str = "") -> Any | None:
+    """The tokenizer of a model directory or hub name (no remote code), of transformers; None where
+    there is none."""
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, revision=revision or None, trust_remote_code=False
+        )
+    except (OSError, ValueError):
+        return None
 
 
 class EncodingError(ValueError):

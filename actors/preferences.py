@@ -8,7 +8,7 @@ Unknown stays unknown (NaN, −1), never 0. Rows of text are as `actors.adapters
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,13 @@ from actors.encoding import TextEncoder
 from actors.preference_rows import OfflineGroup, TiedError, parse_group
 from actors.rollout import OFFLINE_STEP, UNLABELLED, VALID, Rollouts, offsets
 from actors.row_limits import RowCounts, fit_group
-from actors.tables import DataError, brief, table_rows
+from actors.tables import DataError, Row, brief, table_rows
 from configs.schema import DataConfig
 
 __all__ = [
     "OfflineGroup",
     "PreferenceError",
+    "PreferenceRows",
     "from_rollouts",
     "read",
     "to_rollouts",
@@ -32,6 +33,72 @@ __all__ = [
 
 class PreferenceError(DataError):
     """Offline data that cannot be used, in one line that names file, row and reason."""
+
+
+class PreferenceRows:
+    """The groups of a JSONL or Parquet file (by its ending), an Arrow file or a data set, checked;
+    each iteration reads anew.
+
+    members: C that every row must have; None: as many as the first row has. vocabulary: number of
+    token ids. max_prompt, max_response: the longest allowed, in tokens. None leaves a limit out.
+    encoder: for rows of text. how: format, subset, split and what becomes of rows over a limit.
+    counts: takes the account of the rows that the first reading came to. Rows that prefer none of
+    two responses are left out.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        members: int | None = None,
+        vocabulary: int | None = None,
+        max_prompt: int | None = None,
+        max_response: int | None = None,
+        encoder: TextEncoder | None = None,
+        how: DataConfig | None = None,
+        counts: RowCounts | None = None,
+    ) -> None:
+        self.path, self.members, self.how = path, members, how or DataConfig()
+        self.counts = counts if counts is not None else RowCounts()
+        self._vocabulary, self._encoder = vocabulary, encoder
+        self._limits = max_prompt, max_response
+        self._read_before = 0  # rows that are counted
+
+    def __iter__(self) -> Iterator[OfflineGroup]:
+        """Raises PreferenceError naming file, line or row, and reason; also where none is left."""
+        kept, tied = 0, ""
+        rows = table_rows(self.path, self.how.split, self.how.subset, self.how.streaming)
+        try:
+            for number, row in enumerate(rows):
+                counts = RowCounts() if number < self._read_before else self.counts
+                self._read_before = max(self._read_before, number + 1)
+                counts.rows += 1
+                try:
+                    group = self._group(row, counts)
+                except TiedError as error:
+                    counts.tied, tied = counts.tied + 1, tied or str(error)
+                    continue
+                if group is not None:
+                    kept += 1
+                    yield group
+        except DataError as error:
+            raise PreferenceError(str(error)) from error
+        if not kept:
+            raise PreferenceError(tied or f"{self.path}: {_nothing(self.counts)}")
+
+    def _group(self, row: Row, counts: RowCounts) -> OfflineGroup | None:
+        """The row's group; None where it is over a limit. Raises DataError, TiedError."""
+        parsed = parse_group(row, self._vocabulary, self._encoder, self.how.format)
+        group = fit_group(row.where, parsed, *self._limits, self.how.over_length, counts)
+        if group is None:
+            return None
+        counts.keep(group.prompt_ids)
+        self.members = self.members or len(group.responses)
+        if len(group.responses) != self.members:
+            raise DataError(
+                f"{row.where}: {len(group.responses)} responses where every row needs "
+                f"{self.members} (rollout.responses_per_prompt)"
+            )
+        return group
 
 
 def read(
@@ -44,43 +111,9 @@ def read(
     how: DataConfig | None = None,
     counts: RowCounts | None = None,
 ) -> list[OfflineGroup]:
-    """All groups of a JSONL or Parquet file (by its ending), an Arrow file or a data set, checked.
-
-    members: C that every row must have; None: as many as the first row has. vocabulary: number of
-    token ids. max_prompt, max_response: the longest allowed, in tokens. None leaves a limit out.
-    encoder: for rows of text. how: format, subset, split and what becomes of rows over a limit.
-    counts: takes the account of the rows. Rows that prefer none of two responses are left out.
-    Raises PreferenceError naming file, line or row, and reason.
-    """
-    how, counts = how or DataConfig(), counts if counts is not None else RowCounts()
-    groups: list[OfflineGroup] = []
-    tied = ""
-    try:
-        for row in table_rows(path, how.split, how.subset):
-            counts.rows += 1
-            try:
-                parsed = parse_group(row, vocabulary, encoder, how.format)
-                group = fit_group(
-                    row.where, parsed, max_prompt, max_response, how.over_length, counts
-                )
-            except TiedError as error:
-                counts.tied, tied = counts.tied + 1, tied or str(error)
-                continue
-            if group is None:
-                continue
-            counts.keep(group.prompt_ids)
-            members = members or len(group.responses)
-            if len(group.responses) != members:
-                raise DataError(
-                    f"{row.where}: {len(group.responses)} responses where every row needs {members}"
-                    " (rollout.responses_per_prompt)"
-                )
-            groups.append(group)
-    except DataError as error:
-        raise PreferenceError(str(error)) from error
-    if not groups:
-        raise PreferenceError(tied or f"{path}: {_nothing(counts)}")
-    return groups
+    """All groups; arguments and errors as `PreferenceRows` has them."""
+    limits = max_prompt, max_response
+    return list(PreferenceRows(path, members, vocabulary, *limits, encoder, how, counts))
 
 
 def _nothing(counts: RowCounts) -> str:

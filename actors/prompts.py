@@ -9,13 +9,12 @@ Rows dropped for their length have no position.
 """
 
 import functools
-import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from actors.buffered import Buffered
 from actors.prompt_rows import PromptError, PromptRows, Tokenize
 from actors.randomness import stream_key
 from actors.rollout import offsets
@@ -101,9 +100,7 @@ class PromptStream:
 class StreamedPrompts:
     """Prompts by position of a set that memory does not hold; arguments as `PromptStream` has them.
 
-    Rows are read on as positions are asked for, `prompts.buffer` at a time, and the last two
-    buffers are kept: positions may come out of order by as much. One further back, or one of the
-    next epoch, begins a new reading. How many rows there are is known once the end was seen.
+    Rows are read on as positions are asked for, `prompts.buffer` at a time (`actors.buffered`).
     Shuffling is by keyed draw within each buffer.
     """
 
@@ -115,60 +112,26 @@ class StreamedPrompts:
         max_tokens: int,
         tokenizer: Tokenize | None = None,
     ) -> None:
-        self._config, self._seed = config, seed
         limit = min(max_tokens, config.max_tokens or max_tokens)
-        self._source = PromptRows(config, vocabulary, limit, tokenizer)
-        self.counts = self._source.counts
-        self._rows: int | None = None
-        self._begin()
-        if not self._buffer(0):
+        source = PromptRows(config, vocabulary, limit, tokenizer)
+        self.counts = source.counts
+
+        def order(epoch: int, number: int, count: int) -> np.ndarray:
+            return _permutation(seed, f"prompts/{epoch}/{number}", count)
+
+        self._buffered = Buffered(source, config.buffer, order if config.shuffle else None)
+        if self._buffered.empty:
             raise PromptError(f"{config.path}: holds no prompts{_dropped(self.counts)}")
 
     @property
     def rows(self) -> int:
         """n, the prompts of one epoch; reads to the end where that was not seen yet."""
-        while self._rows is None:
-            self._read_on()
-        return self._rows
+        return self._buffered.items
 
     def __getitem__(self, position: int) -> Prompt:
         """The prompt at a position of the endless stream, 0 or more."""
-        if position < 0:
-            raise IndexError(f"prompt position {position} is below 0")
-        epoch, size = 0, self._config.buffer
-        while self._rows is None and position >= self._next * size:
-            self._read_on()
-        if self._rows is not None:
-            epoch, position = divmod(position, self._rows)
-        number, place = divmod(position, size)
-        prompts = self._buffer(number)
-        if self._config.shuffle:
-            name = f"prompts/{epoch}/{number}"
-            place = int(_permutation(self._seed, name, len(prompts))[place])
-        return Prompt(prompts[place], number * size + place)
-
-    def _buffer(self, number: int) -> list[np.ndarray]:
-        """The prompts number·buffer … of an epoch; empty beyond its end."""
-        if number < self._next and number not in self._kept:
-            self._begin()
-        while self._next <= number and not self._ended:
-            self._read_on()
-        return self._kept.get(number, [])
-
-    def _begin(self) -> None:
-        self._reading: Iterator[np.ndarray] = iter(self._source)
-        self._kept: dict[int, list[np.ndarray]] = {}
-        self._next, self._ended = 0, False  # buffer
-
-    def _read_on(self) -> None:
-        """Read the next buffer, and forget all but the last."""
-        size = self._config.buffer
-        prompts = list(itertools.islice(self._reading, size))
-        self._ended = len(prompts) < size
-        self._kept = {self._next - 1: self._kept.get(self._next - 1, []), self._next: prompts}
-        self._next += 1
-        if self._ended:
-            self._rows = (self._next - 1) * size + len(prompts)
+        row, ids = self._buffered[position]
+        return Prompt(ids, row)
 
 
 @functools.lru_cache(maxsize=4)

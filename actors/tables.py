@@ -74,14 +74,16 @@ def dataset_rows(path: str, split: str, subset: str = "", streaming: bool = Fals
         raise DataError(f"{path}: cannot be read: {brief(error)}") from error
 
 
-def table_rows(path: str, split: str = "train", subset: str = "") -> Iterator[Row]:
+def table_rows(
+    path: str, split: str = "train", subset: str = "", streaming: bool = False
+) -> Iterator[Row]:
     """Rows of a JSONL or Parquet file by its ending, of an Arrow file, a directory or a name on the
     hub as `dataset_rows` has it."""
     suffix = Path(path).suffix
     if suffix == ".parquet":
         return parquet_rows(path)
     if suffix not in FILES and (os.path.isdir(path) or HUB_NAME.fullmatch(path)):
-        return dataset_rows(path, split, subset)
+        return dataset_rows(path, split, subset, streaming)
     return dataset_rows(path, split) if suffix == ".arrow" else jsonl_rows(path)
 
 

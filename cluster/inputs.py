@@ -2,15 +2,18 @@
 a wrong file ends in one clear line and not in a half-started run."""
 
 import importlib.util
+import itertools
 import math
-import os
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from actors.encoding import TextEncoder
-from actors.preferences import OfflineGroup, read
+from actors.buffered import Buffered
+from actors.dataset_engine import Groups, in_memory
+from actors.encoding import TextEncoder, open_tokenizer
+from actors.preferences import OfflineGroup, PreferenceRows
 from actors.prompts import Prompts, open_prompts
 from actors.rollout import UNLABELLED
 from actors.row_limits import RowCounts
@@ -23,9 +26,6 @@ from configs.schema import Config
 
 GIB = 2**30
 BLOCK_SIZE = 32  # as in actors.vllm_process, whose import brings torch
-# One of these is in every directory that holds a tokenizer. Where none is, AutoTokenizer may make
-# up one with an empty vocabulary from config.json alone.
-TOKENIZER_FILES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
 _STAGE = re.compile(r"\{\w+\}")
 COMPRESSED = ("sliding_window", "kv_lora_rank", "attention_chunk_size")  # caches are smaller then
 
@@ -64,42 +64,53 @@ def text_encoder(config: Config) -> TextEncoder | None:
 
     Raises ValueError where responses would have no end token (`actors.encoding`).
     """
-    path, revision = config.policy.path, config.policy.revision or None
-    if not path or (os.path.isdir(path) and not TOKENIZER_FILES & set(os.listdir(path))):
+    path = config.policy.path
+    tokenizer = open_tokenizer(path, config.policy.revision) if path else None
+    if tokenizer is None:
         return None
-    from transformers import AutoTokenizer
-
     from actors import policy
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError):
-        return None
     return TextEncoder(tokenizer, path, policy.end_tokens(policy.architecture(config)))
 
 
 def offline_data(config: Config, path: str, counts: RowCounts | None = None) -> list[OfflineGroup]:
-    """The offline data set, checked against the architecture's limits. counts: takes the account
-    of its rows."""
-    vocabulary, longest = limits(config)
-    groups = read(
-        path, config.rollout.responses_per_prompt, vocabulary, longest, config.rollout.max_tokens,
-        text_encoder(config), config.data, counts,
-    )  # fmt: skip
-    _serves_objective(config, path, groups)
-    return groups
+    """The offline data set, checked against the architecture's limits, and whether it has what the
+    objective learns from. counts: takes the account of its rows. Raises ValueError."""
+    return list(_OfflineRows(config, path, counts))
 
 
-def _serves_objective(config: Config, path: str, groups: list[OfflineGroup]) -> None:
-    """ValueError where rows lack what the objective learns from. Rows with neither reward nor
+def offline_groups(config: Config, path: str) -> Groups:
+    """`offline_data` by position, without end; with `data.streaming` never all in memory."""
+    rows = _OfflineRows(config, path)
+    return Buffered(rows, config.data.buffer) if config.data.streaming else in_memory(list(rows))
+
+
+class _OfflineRows:
+    """The groups of `offline_data`, one after the other; each iteration reads anew."""
+
+    def __init__(self, config: Config, path: str, counts: RowCounts | None = None) -> None:
+        vocabulary, longest = limits(config)
+        self.config, self.path = config, path
+        self.rows = PreferenceRows(
+            path, config.rollout.responses_per_prompt, vocabulary, longest,
+            config.rollout.max_tokens, text_encoder(config), config.data, counts,
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[OfflineGroup]:
+        for number, group in enumerate(self.rows, 1):
+            _serves_objective(self.config, f"{self.path}: row {number}", group)
+            yield group
+
+
+def _serves_objective(config: Config, where: str, group: OfflineGroup) -> None:
+    """ValueError where a row lacks what the objective learns from. Rows with neither reward nor
     label are scored on their way in, so rewards are missing only where labels stand instead."""
     name = config.objective.name
-    for row, group in enumerate(groups, 1):
-        labelled = (group.labels_C != UNLABELLED).all()
-        if name == "binary_feedme" and not labelled:
-            raise ValueError(f"{path}: row {row} has no labels, which objective.name={name} needs")
-        if name in ("rwr", "rest") and labelled and np.isnan(group.rewards_C).any():
-            raise ValueError(f"{path}: row {row} has no rewards, which objective.name={name} needs")
+    labelled = (group.labels_C != UNLABELLED).all()
+    if name == "binary_feedme" and not labelled:
+        raise ValueError(f"{where} has no labels, which objective.name={name} needs")
+    if name in ("rwr", "rest") and labelled and np.isnan(group.rewards_C).any():
+        raise ValueError(f"{where} has no rewards, which objective.name={name} needs")
 
 
 class Checked(NamedTuple):
@@ -118,7 +129,10 @@ def check(config: Config) -> Checked:
     if config.prompts.path:
         rows[config.prompts.path] = stream.counts
     if config.data.source is DataSource.offline and config.data.path:
-        offline_data(config, config.data.path, rows.setdefault(config.data.path, RowCounts()))
+        counts = rows.setdefault(config.data.path, RowCounts())
+        groups = _OfflineRows(config, config.data.path, counts)
+        for _ in itertools.islice(groups, config.data.buffer if config.data.streaming else None):
+            pass
     reward_inputs.check(config, limits(config).vocabulary)
     encoder = text_encoder(config)
     notes = [note for path, counts in rows.items() for note in counts.notes(path)]

@@ -45,7 +45,7 @@ class RolloutWorker:
     def run(self, queue: Any, rewards: RewardClient) -> dict[str, float]:
         """Serve leases until the run is over; returns the seconds spent on each part."""
         if self.engine is None:
-            groups = inputs.offline_data(self.config, self.offline_path)
+            groups = inputs.offline_groups(self.config, self.offline_path)
             self.engine = DatasetEngine(groups, self.config.rollout.temperature)
             self.prompts = DatasetPrompts(groups)
         rewards = timed(rewards, self.config, self.index)

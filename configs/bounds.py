@@ -55,7 +55,8 @@ _GROUPS: dict[Bound, str] = {
         objective.importance_cap checkpoint.keep limits.prompt_attempts
         limits.skipped_steps
         rollout.vllm.tensor_parallel length_data.mode length_data.sft length_data.pairs
-        length_data.layers length_data.heads length_data.width prompts.buffer""",
+        length_data.layers length_data.heads length_data.width prompts.buffer
+        data.buffer""",
     _ZERO_UP: """run.samples_per_round pipeline.seed policy.bandit.seed prompts.count
         prompts.max_tokens
         replay.max_age replay.lag learner.micro_batch learner.micro_tokens

@@ -144,6 +144,8 @@ class DataConfig:
     subset: str = ""  # of a data set that has several, as `alpaca_human_preference`
     split: str = "train"
     over_length: OverLength = OverLength.refuse  # cut keeps the beginning of a response
+    streaming: bool = False  # for sets larger than memory: read on as rows are asked for
+    buffer: int = 10_000  # rows kept in memory of a streamed set, twice
     prompts: int = 100  # offline without a path, and label: groups of C sampled from π_ref
     pairs: Pairs = Pairs.disjoint  # label: which two of a group's responses make a pair
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from configs.choices import RateSchedule
+from configs.choices import DataFormat, RateSchedule
 
 
 @dataclass
@@ -13,7 +13,10 @@ class StageConfig:
     shared out evenly among ⌈examples / minibatch⌉ steps, so that none is left out.
     """
 
-    path: str = ""  # JSONL or Parquet; sft: prompt and response, as text or ids; else preferences
+    path: str = ""  # JSONL, Parquet or a data set; sft: prompt and response; else preferences
+    format: DataFormat = DataFormat.auto  # by the columns of each row
+    subset: str = ""  # of a data set that has several, as `alpaca_instructions`
+    split: str = "train"
     model: str = ""  # a directory or hub name to begin with; empty: policy.path
     revision: str = ""  # of `model`: commit on the hub
     epochs: int = 1

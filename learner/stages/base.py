@@ -72,9 +72,9 @@ class Stage(ABC):
 
     def _table(self) -> Iterator[Row]:
         if not self.settings.path:
-            fix = "set it to a JSONL or Parquet file"
+            fix = "set it to a JSONL or Parquet file, or to a data set"
             raise ConfigError(f"{self.kind}.path", "", "there are no rows to learn from", fix)
-        return table_rows(self.settings.path)
+        return table_rows(self.settings.path, self.settings.split, self.settings.subset)
 
     def _check(self, prompts: list[np.ndarray]) -> None:
         """DataError where no example is left."""

@@ -42,7 +42,9 @@ class RewardModel(Stage):
             self._pad = self.source.pad_token(self.kind, self.settings.pad_token)
             self.dropped["equal"] = 0
         try:
-            group = parse_group(row, self.source.vocabulary, self.source.encoder)
+            group = parse_group(
+                row, self.source.vocabulary, self.source.encoder, self.settings.format
+            )
         except TiedError:
             self.dropped["equal"] += 1
             return []

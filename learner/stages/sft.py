@@ -1,6 +1,7 @@
 """Supervised fine-tuning: the likelihood of responses, the end token included.
 
-A row has `prompt` and `response` as text, or `prompt_ids` and `response_ids`. The end token is
+A row has `prompt_ids` and `response_ids`, or text in the columns of a public data set, as
+`actors.adapters` has it: a prompt or the conversation up to it, and one response. The end token is
 appended to a response that has none. Nothing is learned about the prompt.
 """
 
@@ -33,8 +34,7 @@ class Sft(Stage):
 
     def take(self, row: Row) -> Sequence[np.ndarray]:
         self._ends = self._ends or self.source.end_tokens()
-        prompt = self.source.ids(row, "prompt", special=True)
-        response = self.source.ids(row, "response", special=False)
+        prompt, response = self.source.prompt_and_response(row, self.settings.format)
         if not len(prompt):
             raise DataError(f"{row.where}: the prompt has no tokens")
         if not len(response) or response[-1] not in self._ends:

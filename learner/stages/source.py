@@ -3,26 +3,24 @@
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from actors import policy
-from actors.encoding import TextEncoder
+from actors.adapters import adapt
+from actors.encoding import TextEncoder, encoded, open_tokenizer
 from actors.tables import DataError, Row, brief, require, token_ids
+from configs.choices import DataFormat
 from configs.errors import ConfigError
 from configs.schema import Config, PolicyConfig
 from configs.schema_stages import StageConfig
 
 Kind = Literal["sft", "reward_model"]
-
-# One of these is in every directory that holds a tokenizer. Where none is, AutoTokenizer may make
-# up one with an empty vocabulary from config.json alone.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+IDS = ("prompt_ids", "response_ids")
 
 
 def settings(config: Config, kind: Kind) -> StageConfig:
@@ -96,28 +94,34 @@ class Source:
         token = getattr(self.tokenizer, name, None)
         return None if token is None else int(token)
 
-    def ids(self, row: Row, column: str, special: bool) -> np.ndarray:
-        """Token ids of a row, from `<column>_ids` as they are, else from the text in `column`;
-        int32, perhaps none. special: with what the tokenizer puts around a text. Raises DataError.
-        """
-        name = f"{column}_ids"
-        given = row.values.get(name)
-        if given is not None:
-            empty = isinstance(given, list | tuple) and not given
-            return _none() if empty else token_ids(given, name, row.where, self.vocabulary)
-        text = require(row, column)
-        if not isinstance(text, str):
-            raise DataError(f"{row.where}: column '{column}' must be text")
-        if self.tokenizer is None:
+    def prompt_and_response(self, row: Row, form: DataFormat) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of a row with one response, int32, perhaps none: from `prompt_ids` and
+        `response_ids` as they are, else from text as `actors.adapters` has it, without the end
+        token that the encoder adds. Raises DataError."""
+        if any(row.values.get(name) is not None for name in IDS):
+            given = [require(row, name) for name in IDS]
+        else:
+            given = self._encoded(row, form)
+        prompt, response = (
+            token_ids(ids, name, row.where, self.vocabulary) if ids != [] else _none()
+            for ids, name in zip(given, IDS)
+        )
+        return prompt, response
+
+    def _encoded(self, row: Row, form: DataFormat) -> list[list[int]]:
+        example = adapt(row, form)
+        if not example.responses:
+            require(row, "response")
+        if len(example.responses) != 1:
+            found = f"has {len(example.responses)} responses"
+            raise DataError(f"{row.where}: {found}, and one is learned from")
+        if self.encoder is None:
             raise DataError(
-                f"{row.where}: column '{column}' is text and {self.path} has no tokenizer; "
-                f"give token ids in a column {name}"
+                f"{row.where}: is text and {self.path} has no tokenizer; give token ids in columns "
+                f"{IDS[0]} and {IDS[1]}"
             )
-        try:
-            ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
-        except Exception as error:  # whatever a tokenizer raises
-            raise DataError(f"{row.where}: cannot be tokenized: {brief(error)}") from error
-        return token_ids(ids, f"'{column}'", row.where, self.vocabulary) if ids else _none()
+        prompt = encoded(row.where, self.encoder, example.prompt)
+        return [prompt, encoded(row.where, self.encoder.response, example.responses[0])[:-1]]
 
 
 def open_source(config: Config, kind: Kind) -> Source:
@@ -135,7 +139,7 @@ def open_source(config: Config, kind: Kind) -> Source:
     except (OSError, ValueError) as error:
         problem = f"cannot be read: {brief(error, 120)}"
         raise ConfigError(key, chosen.path, problem, "set it to a model directory") from error
-    return Source(key, chosen, shape, _tokenizer(chosen.path, revision))
+    return Source(key, chosen, shape, open_tokenizer(chosen.path, chosen.revision))
 
 
 def pad_right(sequences: Sequence[np.ndarray], fill: int, device: Any) -> tuple[Tensor, Tensor]:
@@ -154,15 +158,6 @@ def numbered(prompts: Iterable[np.ndarray]) -> np.ndarray:
     """For each prompt the number of its first equal among them, int64 [n]."""
     seen: dict[bytes, int] = {}
     return np.array([seen.setdefault(ids.tobytes(), len(seen)) for ids in prompts], dtype=np.int64)
-
-
-def _tokenizer(path: str, revision: str | None) -> Any | None:
-    if Path(path).is_dir() and not any((Path(path) / name).exists() for name in TOKENIZER_FILES):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError):
-        return None
 
 
 def _none() -> np.ndarray:

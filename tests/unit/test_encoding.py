@@ -236,7 +236,7 @@ def test_streaming_reads_no_further_than_it_is_asked(numbered):
     stream = streamed(numbered)
     assert stream.counts.rows == 7  # six prompts and one dropped before them
     assert stream[7].row == 7 and stream.counts.rows == 14
-    assert len(stream._kept) <= 2
+    assert len(stream._buffered.kept) <= 2
 
 
 def test_a_streamed_set_without_prompts_says_so(tmp_path):

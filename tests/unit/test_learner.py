@@ -236,14 +236,14 @@ def test_weights_survive_the_way_through_the_flat_array():
 def test_offline_rollouts_have_no_age_and_no_cell_of_one(tmp_path):
     from actors.dataset_engine import DatasetEngine, DatasetPrompts
     from actors.preferences import from_rollouts, write_parquet
-    from cluster.inputs import offline_data
+    from cluster.inputs import offline_groups
 
     local = Local(settings("bandit", "learner.updates=10"))
     list(local.steps(1))
     path = str(tmp_path / "data.parquet")
     write_parquet(path, from_rollouts(local.queue.get(0, 1, 0).block))
     offline = Local(settings("offline_ipo", f"data.path={path}", "learner.updates=30"))
-    groups = offline_data(offline.config, path)
+    groups = offline_groups(offline.config, path)
     for actor in offline.actors:
         actor.engine, actor.prompts = DatasetEngine(groups, 1.0), DatasetPrompts(groups)
     records = list(offline.steps(30))

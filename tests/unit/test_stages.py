@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from actors.tables import DataError
 from configs.load import prepare
 from configs.schema import Config
 from learner.engine import join
@@ -248,6 +249,26 @@ def test_the_model_directory_of_sft_is_a_policy(zero_stage, sft, tmp_path):
     assert {f.suffix for f in folder.iterdir()} == {".json", ".safetensors"}
 
 
+@pytest.mark.parametrize("kind", ["sft", "reward_model"])
+def test_a_stage_trains_in_bfloat16_and_writes_it(kind, sft, reward, tmp_path):
+    make, bfloat16 = sft if kind == "sft" else reward, "learner.precision=bfloat16"
+    whole = [r.loss for r in rank(make(f"{kind}.epochs=4"), kind).train(15)]
+    trained = rank(make(f"{kind}.epochs=4", bfloat16), kind)
+    losses = [r.loss for r in trained.train(8)]
+    trained.save(str(tmp_path / "at"))
+    losses += [r.loss for r in trained.train(7)]
+    assert np.allclose(losses, whole, rtol=0.15, atol=0.05) and losses != whole
+    assert losses[-1] < 0.7 * losses[0]
+    again = rank(make(f"{kind}.epochs=4", bfloat16), kind)
+    again.load(str(tmp_path / "at"))
+    assert [r.loss for r in again.train(7)] == losses[8:]
+    assert {p.dtype for p in trained.engine.engine.module.parameters()} == {torch.bfloat16}
+    trained.export(str(tmp_path / "hf"))
+    kinds = {"sft": AutoModelForCausalLM, "reward_model": AutoModelForSequenceClassification}
+    model = kinds[kind].from_pretrained(tmp_path / "hf", dtype="auto")
+    assert model.dtype == torch.bfloat16
+
+
 # --- rows ------------------------------------------------------------------------------------
 
 
@@ -259,6 +280,37 @@ def test_token_ids_are_taken_as_they_are_and_end_once(base, tmp_path):
     ]
     stage = Sft(config_of("sft", base, write_rows(tmp_path / "r.jsonl", rows), "sft.held_out=0"))
     assert [r.tolist() for r in stage._responses] == [[5, END], [END], [END]]
+
+
+def test_sft_learns_from_the_columns_of_public_sets(base, tmp_path):
+    """UltraChat's conversations, AlpacaFarm's instructions: prompts as the encoder has them."""
+    turns = ["a b", "c", "d e", "f g"]
+    roles = ["user", "assistant"] * 2
+    messages = [{"role": r, "content": text} for r, text in zip(roles, turns)]
+    rows = [
+        {"messages": messages, "prompt_id": "x"},
+        {"instruction": "a", "input": "b", "output": "c d"},
+        {"prompt": messages[:1], "response": "c"},
+        {"prompt": "a b", "response": "c"},
+    ]
+    path = write_rows(tmp_path / "r.jsonl", rows)
+    stage = Sft(config_of("sft", base, path, "sft.held_out=0"))
+    encoder = stage.source.encoder
+    asked = [messages[:3], [{"role": "user", "content": "a\nb"}], messages[:1], "a b"]
+    assert [p.tolist() for p in stage._prompts] == [encoder(prompt) for prompt in asked]
+    answers = ["f g", "c d", "c", "c"]
+    assert [r.tolist() for r in stage._responses] == [encoder.response(text) for text in answers]
+    with pytest.raises(DataError, match="no column 'prompt'"):
+        Sft(config_of("sft", base, path, "sft.format=text"))
+
+
+def test_sft_reads_a_subset_and_split_of_a_data_set(base, tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"instruction": "a", "input": "", "output": "b"}] * 3)
+    datasets.DatasetDict({"sft": rows, "train": rows.select([0])}).save_to_disk(str(tmp_path / "d"))
+    settings = ("sft.held_out=0", "sft.split=sft", "sft.format=alpaca")
+    assert Sft(config_of("sft", base, str(tmp_path / "d"), *settings)).rows == 3
 
 
 def test_rows_that_are_too_long_are_dropped_and_counted(base, tmp_path):
@@ -299,6 +351,9 @@ BAD_ROWS = [
     ("sft", {"prompt": 3, "response": "a"}, "column 'prompt' must be text"),
     ("sft", {"prompt_ids": [3], "response_ids": [16]}, "token id 16, outside the vocabulary of 16"),
     ("sft", {"prompt": "a", "response": "b " * 40}, "none of 1 rows can be used (too_long 1)"),
+    ("sft", {"prompt": "a", "chosen": "b", "rejected": "c"}, "has 2 responses, and one is learned"),
+    ("sft", {"prompt_ids": [3], "response": "a"}, "no column 'response_ids'"),
+    ("sft", {"messages": [{"role": "user", "content": "a"}]}, "no column 'response'"),
     ("reward_model", {"prompt_ids": [3]}, "no responses; give chosen_ids and rejected_ids"),
     ("reward_model", {"prompt_ids": [3], "chosen_ids": [4]}, "no column 'rejected_ids'"),
     ("reward_model", {**PAIR, "chosen_ids": [4, PAD]}, "ends with the pad token 1"),
