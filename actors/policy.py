@@ -6,7 +6,7 @@ learner with its version. So π_ref and a value head never leave the learner.
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,12 +122,14 @@ def parameters(model: nn.Module) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def flatten(model: nn.Module, into: np.ndarray | None = None) -> np.ndarray:
+def flatten(model: nn.Module | Sequence[Tensor], into: np.ndarray | None = None) -> np.ndarray:
     """All weights as one float32 array, [number of parameters], a fresh one where none is given.
 
-    into: to be filled; a copy into memory that was used before is several times faster.
+    model: a network, or its parameters in their order. into: to be filled; a copy into memory that
+    was used before is several times faster.
     """
-    sources = [parameter.detach() for parameter in parameters(model)]
+    sources = parameters(model) if isinstance(model, nn.Module) else model
+    sources = [parameter.detach() for parameter in sources]
     sizes = [source.numel() for source in sources]
     flat = torch.empty(sum(sizes)) if into is None else torch.from_numpy(into)
     pieces = [piece.view(s.shape) for piece, s in zip(flat.split(sizes), sources)]

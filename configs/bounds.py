@@ -56,7 +56,7 @@ _GROUPS: dict[Bound, str] = {
         limits.skipped_steps
         rollout.vllm.tensor_parallel length_data.mode length_data.sft length_data.pairs
         length_data.layers length_data.heads length_data.width prompts.buffer
-        data.buffer""",
+        data.buffer learner.lora.alpha""",
     _ZERO_UP: """run.samples_per_round pipeline.seed policy.bandit.seed prompts.count
         prompts.max_tokens
         replay.max_age replay.lag learner.micro_batch learner.micro_tokens
@@ -67,9 +67,9 @@ _GROUPS: dict[Bound, str] = {
         cluster.reward_gpus reward.target cluster.metrics_seconds
         checkpoint.every checkpoint.seconds limits.backoff_seconds limits.learner_restarts
         limits.queue_restarts limits.evaluator_restarts objective.value.coefficient
-        objective.kl_reward objective.kl_loss""",
+        objective.kl_reward objective.kl_loss learner.lora.rank""",
     _FRACTION: """objective.quantile_start objective.quantile_end learner.beta1 learner.beta2
-        length_data.prompt_effect""",
+        length_data.prompt_effect learner.lora.dropout""",
     _over_zero(1.0): "rollout.temperature reward.scale cluster.gpu_gib",
     _over_zero(0.2): "objective.value.epsilon",
     _over_zero(6.0): "objective.kl_target",
@@ -102,9 +102,9 @@ _GROUPS: dict[Bound, str] = {
     Bound(0, 3): "learner.zero_stage",
 }
 _OF_A_STAGE: dict[Bound, str] = {
-    _ONE_UP: "epochs minibatch",
-    _ZERO_UP: "micro_batch warmup weight_decay max_grad_norm max_tokens eval_every",
-    _FRACTION: "held_out",
+    _ONE_UP: "epochs minibatch lora.alpha",
+    _ZERO_UP: "micro_batch warmup weight_decay max_grad_norm max_tokens eval_every lora.rank",
+    _FRACTION: "held_out lora.dropout",
     _over_zero(1e-5): "lr",
 }
 BOUNDS: dict[str, Bound] = {key: bound for bound, keys in _GROUPS.items() for key in keys.split()}

@@ -26,6 +26,7 @@ from configs.choices import (
     UpdateKind,
 )
 from configs.schema_length import LengthDataConfig
+from configs.schema_lora import LoraConfig
 from configs.schema_reward import RewardConfig, no_reward
 from configs.schema_stages import PipelineConfig, StageConfig
 from configs.schema_value import ValueConfig
@@ -93,6 +94,7 @@ class RolloutConfig:
     update: UpdateKind = UpdateKind.between_requests
     concurrent_leases: int = 2  # that an actor serves at once with update=in_flight
     transfer: Transfer = Transfer.host  # the way that weights take to the actors
+    adapter_only: bool = False  # of learner.lora: who receives it adds it to π_ref's weights
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
@@ -168,6 +170,7 @@ class LearnerConfig:
     ranks: int = 1
     zero_stage: int = 0
     precision: Precision = Precision.float32
+    lora: LoraConfig = field(default_factory=LoraConfig)
     exact_kl: bool | None = (
         None  # exact conditionals; None: when small enough to keep, and not packing
     )

@@ -1,8 +1,9 @@
 """Settings of the supervised stages that come before preference fine-tuning."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from configs.choices import DataFormat, RateSchedule
+from configs.schema_lora import LoraConfig
 
 
 @dataclass
@@ -31,6 +32,7 @@ class StageConfig:
     held_out: float = 0.1  # share of the distinct prompts whose rows are not trained on
     eval_every: int = 0  # steps; 0: only before the first and after the last
     pad_token: str = ""  # by its text; empty: the tokenizer's own, else config.json's
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass

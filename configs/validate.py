@@ -4,6 +4,7 @@ from configs.bounds import Rule, numbers_are_in_range
 from configs.rules_algorithm import ALGORITHM_RULES
 from configs.rules_data import DATA_RULES
 from configs.rules_gpu import GPU_RULES
+from configs.rules_lora import LORA_RULES
 from configs.rules_penalties import PENALTY_RULES
 from configs.rules_reward import REWARD_RULES
 from configs.rules_system import SYSTEM_RULES
@@ -18,6 +19,7 @@ RULES: tuple[Rule, ...] = (
     *DATA_RULES,
     *REWARD_RULES,
     *GPU_RULES,
+    *LORA_RULES,
 )
 
 

@@ -109,7 +109,7 @@ def save(learner: Any, writer: BackgroundWriter, folder: str, published: Any) ->
         "kl_coefficient": learner.kl.coefficient,
         "rng": torch.get_rng_state(),
     }
-    learner.engine.engine.save_checkpoint(folder, tag=TAG, client_state=state, save_latest=False)
+    learner.engine.save(folder, state)
     if learner.rank == 0:
         writer.later(_ring_writer(learner, folder, published))
     writer.flush()
@@ -136,9 +136,7 @@ def load(learner: Any, folder: str, lineage: int) -> list[tuple[Version, np.ndar
 
     Returns what was published then, oldest first, and not yet of no use.
     """
-    _, state = learner.engine.engine.load_checkpoint(folder, tag=TAG)
-    if state is None:
-        raise ValueError(f"{folder}: DeepSpeed finds no checkpoint there")
+    state = learner.engine.load(folder)
     torch.set_rng_state(state["rng"])
     learner.version = Version(lineage, state["version"][1])
     learner.round = state["round"]

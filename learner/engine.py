@@ -1,8 +1,9 @@
 """The DeepSpeed engine of one rank: accumulate micro-batches, step or skip, read out weights."""
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actors import policy
+from actors.low_rank import LowRank
 from configs.choices import Precision, RateSchedule
 from configs.schema import LearnerConfig
-from learner.checkpoint import BackgroundWriter
+from learner import lora
+from learner.checkpoint import TAG, BackgroundWriter
 from learner.value_head import WithValueHead, policy_of
 
 
@@ -60,7 +63,8 @@ class DeepSpeedEngine:
     """A network under DeepSpeed. Its own accumulation is 1: the caller marks the last micro-batch
     of a step and scales losses by ranks / global count, since DeepSpeed averages over ranks.
 
-    `policy` is what weights are read from: the network without its value head, if it has one.
+    `policy` is what weights are read from: the network without its value head, if it has one. What
+    is frozen, beside an adapter, is neither stepped nor in a checkpoint.
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class DeepSpeedEngine:
         if config.gradient_checkpointing:
             policy_of(model).gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.Adam(
-            model.parameters(),
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
@@ -85,6 +89,7 @@ class DeepSpeedEngine:
             self.engine.enable_backward_allreduce = False  # nobody to share gradients with
         self._parameters = list(self.engine.module.parameters())
         self.policy = policy_of(self.engine.module)
+        self._pieces = lora.pieces(self.policy)
         self._flat: np.ndarray | None = None
         self.writer = BackgroundWriter()
         self.engine.checkpoint_engine = self.writer
@@ -135,25 +140,32 @@ class DeepSpeedEngine:
     def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Name, type and whole shape of each parameter, in the order of `gathered`; local."""
         return [
-            (name, parameter.dtype, tuple(getattr(parameter, "ds_shape", parameter.shape)))
-            for name, parameter in policy.named(self.policy)
+            (p.name, p.weight.dtype, tuple(getattr(p.weight, "ds_shape", p.weight.shape)))
+            for p in self._pieces
         ]
 
     @torch.no_grad()
     def gathered(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole tensor of each parameter, in the flat array's order, one at a time.
+        """Name and whole tensor of each parameter, in the flat array's order, one at a time, its
+        adapter merged into it.
 
         Under ZeRO-3 a collective that holds one parameter at a time: every rank goes through it to
         the end, and a tensor is good until the next is asked for.
         """
+        for piece in self._pieces:
+            with self._whole(piece.parameters):
+                yield piece.name, piece.whole()
+
+    def _whole(self, parameters: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
+        """Meanwhile these parameters are whole on every rank; a collective under ZeRO-3."""
         if self.config.zero_stage < 3:
-            yield from ((n, p.detach()) for n, p in policy.named(self.policy))
-            return
+            return contextlib.nullcontext()
         import deepspeed
 
-        for name, parameter in policy.named(self.policy):
-            with deepspeed.zero.GatheredParameters([parameter]):
-                yield name, parameter.detach()
+        gathered: contextlib.AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(
+            list(parameters)
+        )
+        return gathered
 
     def weights(self, also: Callable[[str, Tensor], None] | None = None) -> np.ndarray:
         """All weights as `actors.policy.flatten` lays them out; see `gathered`.
@@ -165,7 +177,7 @@ class DeepSpeedEngine:
         if self._flat is None:
             self._flat = np.empty(sum(sizes), dtype=np.float32)
         flat = self._flat
-        if also is None and self.config.zero_stage < 3:
+        if also is None and self.config.zero_stage < 3 and not self.config.lora.rank:
             return policy.flatten(self.policy, flat)
         pieces = torch.from_numpy(flat).split(sizes)
         for (name, tensor), piece in zip(self.gathered(), pieces, strict=True):
@@ -173,3 +185,26 @@ class DeepSpeedEngine:
                 also(name, tensor)
             piece.copy_(tensor.reshape(-1))
         return flat
+
+    @torch.no_grad()
+    def low_rank(self, base: list[Any]) -> LowRank:
+        """The adapter alone; see `weights`. base: what `actors.low_rank.LowRank` has."""
+        return lora.low_rank(self._pieces, self._whole, base)
+
+    def save(self, folder: str, state: dict[str, Any]) -> None:
+        """Have the writer take what is trained, with its optimizer's state, for its next flush; all
+        ranks must call it. state: plain data that comes back from `load`."""
+        self.engine.save_checkpoint(
+            folder, tag=TAG, client_state=state, save_latest=False,
+            exclude_frozen_parameters=bool(self.config.lora.rank),
+        )  # fmt: skip
+
+    def load(self, folder: str) -> dict[str, Any]:
+        """Take what `save` had written and return its state; all ranks must call it."""
+        _, state = self.engine.load_checkpoint(
+            folder, tag=TAG, load_module_strict=not self.config.lora.rank
+        )
+        if state is None:
+            raise ValueError(f"{folder}: DeepSpeed finds no checkpoint there")
+        found: dict[str, Any] = state
+        return found

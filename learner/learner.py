@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from actors import policy, probe
 from actors.probe import Probe
+from actors.randomness import stream_key
 from actors.rollout import Rollouts, Version
 from configs import faults
 from configs.choices import Advantage, DataSource, Proximal, Schedule
 from configs.schema import Config
-from learner import advantages, measures
+from learner import advantages, lora, measures
 from learner.batch import Padded, distributions, forward, pad, token_logps, unpad, values
 from learner.cells import Cells, StepRecord, add
 from learner.conditionals import Conditionals, affordable
@@ -48,12 +49,15 @@ class Learner:
         path = initial_policy(config)
         precision = config.learner.precision
         model = policy.load_pretrained(config.policy, path, precision)
+        lora.attach(model, config.learner.lora, config.seed, "learner.lora")
         self.version = Version(0, 0)
         self.has_values = config.objective.advantage is Advantage.gae
         network = WithValueHead(model, config.objective.value) if self.has_values else model
         self.engine = DeepSpeedEngine(network.train(), config.learner, config.learner.ranks)
         self.kl = KlController(config.objective)
-        self.reference = self._frozen(path)
+        # A rank's forward passes are collectives under ZeRO-3: there π_ref is a network of its own.
+        shares = config.learner.lora.rank and config.learner.zero_stage < 3
+        self.reference = lora.WithoutAdapter(self.engine.policy) if shares else self._frozen(path)
         self.conditionals: Conditionals | None = None
         if affordable(config, int(model.config.vocab_size)):
             scratch = self._frozen(path)
@@ -98,6 +102,8 @@ class Learner:
     @property
     def initial(self) -> np.ndarray:
         """π_ref's weights, flat."""
+        if isinstance(self.reference, lora.WithoutAdapter):
+            return policy.flatten(self.reference.base())
         return policy.flatten(self.reference)
 
     def consume(self, batch: Batch) -> tuple[StepRecord, dict[str, np.ndarray]]:
@@ -106,6 +112,8 @@ class Learner:
         Returns the record and the columns that this rank derived, for the queue to keep.
         """
         started = time.perf_counter()
+        dropout = stream_key(self.config.seed, f"dropout/{batch.number}/{self.rank}")
+        torch.manual_seed(dropout >> 1)
         if self.conditionals is not None and batch.round != self.round:
             self.conditionals.start_round()
         first_pass, self.round = batch.round != self.round, batch.round

@@ -148,7 +148,8 @@ def check_boundaries(model: nn.Module, vocabulary: int) -> None:
     logits_RTV = model(input_RT, position_ids=position_RT, use_cache=False).logits.float()
     one, other = logits_RTV[:, 3:]
     if not torch.allclose(one, other, rtol=1e-5, atol=1e-6):
+        network = type(getattr(model, "module", model)).__name__
         raise ValueError(
-            f"learner.packing=true: attention of {type(model).__name__} reaches across the "
+            f"learner.packing=true: attention of {network} reaches across the "
             "sequences of a row; set learner.packing=false"
         )

@@ -34,6 +34,9 @@ class Publisher(Protocol):
         push: whether actors are to have them; else they are for the evaluator only.
         """
 
+    def initial(self) -> Any:
+        """π_ref's weights, from rank 0; None from others. The same at every call."""
+
     def join(self, actor: int, handle: Any) -> None:
         """A rollout actor's process, new or restarted; on rank 0, from any thread."""
 
@@ -42,9 +45,10 @@ class HostPublisher:
     """Ray's object store. put: from the array to what the queue hands out."""
 
     def __init__(
-        self, config: Config, learner: Learner, rank: int, put: Callable[[np.ndarray], Any]
+        self, config: Config, learner: Learner, rank: int, put: Callable[[Any], Any]
     ) -> None:
         self.learner, self.rank, self.put = learner, rank, put
+        self._initial: Any = None
         self.shares_gpu = config.cluster.colocated
 
     def publish(self, push: bool) -> Any:
@@ -56,15 +60,30 @@ class HostPublisher:
     def _weights(self, push: bool) -> np.ndarray:
         return self.learner.weights()
 
+    def initial(self) -> Any:
+        if self._initial is None and self.rank == 0:
+            self._initial = self.put(self.learner.initial)
+        return self._initial
+
     def join(self, actor: int, handle: Any) -> None:
         """Actors come for their weights."""
+
+
+class AdapterPublisher(HostPublisher):
+    """Ray's object store, with π_ref's weights once and of each version the adapter alone
+    (`actors.low_rank`), to be merged by whoever fetches it."""
+
+    def _weights(self, push: bool) -> Any:
+        if self.learner.conditionals is not None:
+            self.learner.weights()  # kept for measuring KL
+        return self.learner.engine.low_rank([self.initial()])
 
 
 class PushPublisher(HostPublisher):
     """A push to a group of actors beside it, from rank 0."""
 
     def __init__(
-        self, config: Config, learner: Learner, rank: int, put: Callable[[np.ndarray], Any],
+        self, config: Config, learner: Learner, rank: int, put: Callable[[Any], Any],
         group: TransferGroup,
     ) -> None:  # fmt: skip
         super().__init__(config, learner, rank, put)
@@ -88,7 +107,8 @@ class PushPublisher(HostPublisher):
 def publisher(config: Config, learner: Learner, rank: int) -> Publisher:
     """The publisher that `rollout.transfer` asks for."""
     if config.rollout.transfer is Transfer.host:
-        return HostPublisher(config, learner, rank, ray.put)
+        kind = AdapterPublisher if config.rollout.adapter_only else HostPublisher
+        return kind(config, learner, rank, ray.put)
     layout, here = learner.engine.layout(), ray.util.get_node_ip_address()
     transport = VllmTransport(config, layout, ask_over_ray(config), here)
     group = TransferGroup(transport, config.limits.transfer_seconds)

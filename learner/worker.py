@@ -17,7 +17,7 @@ from learner.cells import StepRecord
 from learner.engine import join, leave
 from learner.learner import Learner
 from learner.publisher import publisher
-from learner.replay.clients import LearnerQueue
+from learner.replay.clients import LearnerQueue, received
 
 
 class LearnerWorker:
@@ -62,7 +62,7 @@ class LearnerWorker:
             self._publish(version, [self._put(flat), None])
         weights = self.publisher.publish(push=False)
         self._publish(self.learner.version, [weights, self.learner.probe()])
-        return [self._put(self.learner.initial), weights]
+        return [self.publisher.initial(), weights]
 
     def _publish(self, version: Version, weights: list[Any]) -> None:
         if self.rank == 0:
@@ -122,7 +122,9 @@ class LearnerWorker:
         started = time.perf_counter()
         self.queue.settle()
         newest = self.learner.version.step
-        lagged = [(v, ray.get(w[0])) for v, w in self.published if v.step < newest]
+        wait = self.config.limits.wait_seconds
+        due = [(v, w[0]) for v, w in self.published if v.step < newest]
+        lagged = [(v, received(ray.get(weights), wait)) for v, weights in due]
         checkpoint.save(self.learner, self.learner.engine.writer, folder, lagged)
         return time.perf_counter() - started
 

@@ -7,10 +7,18 @@ import numpy as np
 import ray
 
 from actors.actor import Lease
+from actors.low_rank import LowRank
 from actors.rollout import Rollouts, Version
 from learner.replay.records import Batch
 
 WEIGHTS = "weights"  # a restarted queue's answer to rank 0: publish again what you last published
+
+
+def received(weights: np.ndarray | LowRank, wait_seconds: float) -> np.ndarray:
+    """Published weights as a flat array, merged with those they are relative to."""
+    if isinstance(weights, LowRank):
+        return weights.onto(ray.get(weights.base[0], timeout=wait_seconds))
+    return weights
 
 
 class ActorQueue:
@@ -41,7 +49,8 @@ class ActorQueue:
                 return None if answer == "over" else answer
 
     def weights(self, lease: Lease) -> np.ndarray:
-        return ray.get(lease.weights[0], timeout=self.wait_seconds)
+        found = ray.get(lease.weights[0], timeout=self.wait_seconds)
+        return received(found, self.wait_seconds)
 
     def put(self, lease: Lease, block: Rollouts) -> None:
         self._done = lease.id

@@ -16,6 +16,7 @@ from actors.randomness import stream_key
 from actors.tables import DataError, Row, table_rows
 from configs.errors import ConfigError
 from configs.schema import Config
+from learner import lora
 from learner.stages.source import Kind, numbered, open_source, settings
 
 
@@ -33,6 +34,7 @@ class Stage(ABC):
     def __init__(self, config: Config) -> None:
         self.config, self.settings = config, settings(config, self.kind)
         self.source = open_source(config, self.kind)
+        lora.check(self.source.shape, self.settings.lora, f"{self.kind}.lora")
         context = policy.context_limit(self.source.shape)
         self.limit = min(context, self.settings.max_tokens or context)
         self.dropped = {"too_long": 0}

@@ -44,6 +44,7 @@ def learner_settings(config: Config, stage: Stage) -> LearnerConfig:
         config.learner, minibatch=own.minibatch, micro_batch=own.micro_batch or share,
         updates=own.epochs * steps_per_epoch(stage), lr=own.lr, schedule=own.schedule,
         warmup=own.warmup, weight_decay=own.weight_decay, max_grad_norm=own.max_grad_norm,
+        lora=own.lora,
     )  # fmt: skip
 
 

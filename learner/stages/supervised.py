@@ -19,7 +19,7 @@ from torch import Tensor
 
 from actors.randomness import stream_key
 from configs.schema import Config
-from learner.checkpoint import TAG
+from learner import lora
 from learner.engine import DeepSpeedEngine, learning_rate
 from learner.stages.base import permutation
 from learner.stages.plan import (
@@ -40,9 +40,11 @@ class Supervised:
         self.config, self.rank = config, rank
         self.stage = open_stage(config, kind)
         self.learner = learner_settings(config, self.stage)
-        self.engine = DeepSpeedEngine(
-            self.stage.network().train(), self.learner, self.learner.ranks
-        )
+        network = lora.attach(
+            self.stage.network(), self.learner.lora, config.seed, f"{kind}.lora",
+            train_head=kind == "reward_model",
+        )  # fmt: skip
+        self.engine = DeepSpeedEngine(network.train(), self.learner, self.learner.ranks)
         self.position = 0
         self._skipped = 0  # in a row
 
@@ -111,17 +113,13 @@ class Supervised:
 
     def save(self, folder: str) -> None:
         """Write this rank's state to a folder; all ranks must call it. OSError where it cannot."""
-        state = {"position": self.position}
-        self.engine.engine.save_checkpoint(folder, tag=TAG, client_state=state, save_latest=False)
+        self.engine.save(folder, {"position": self.position})
         self.engine.writer.flush()
         self.engine.writer.wait()
 
     def load(self, folder: str) -> None:
         """Take the state that `save` wrote; all ranks must call it."""
-        _, state = self.engine.engine.load_checkpoint(folder, tag=TAG)
-        if state is None:
-            raise ValueError(f"{folder}: DeepSpeed finds no checkpoint there")
-        self.position, self._skipped = state["position"], 0
+        self.position, self._skipped = self.engine.load(folder)["position"], 0
 
     def export(self, directory: str) -> None:
         """Write network and tokenizer as a model directory (safetensors); all ranks must call it.

@@ -72,12 +72,15 @@ def test_two_ranks_give_the_losses_and_steps_of_one_under_zero(tmp_path, shape, 
     ]  # fmt: skip
     by_tokens = [*common, "learner.micro_tokens=160"]
     packed = [*by_tokens, "learner.packing=true", "learner.gradient_checkpointing=true"]
+    adapter = ["learner.lora.rank=4", "learner.lr=3e-3"]
     runs = {f"{stage}": [*by_tokens, f"learner.zero_stage={stage}"] for stage in stages}
     runs["3 packed"] = [*packed, "learner.zero_stage=3"]
-    one = consumed(tmp_path, 1, {"whole": common})[0]["whole"]
-    assert one[0][-1] < one[0][0]
+    runs |= {f"{n} lora": [*packed, f"learner.zero_stage={n}", *adapter] for n in (*stages, 3)}
+    alone = consumed(tmp_path, 1, {"whole": common, "lora": [*common, *adapter]})[0]
     two = consumed(tmp_path, 2, runs)
     for name in runs:
+        one = alone["lora" if "lora" in name else "whole"]
+        assert one[0][-1] < one[0][0]
         losses = np.sum([rank[name][0] for rank in two], 0)
         assert np.allclose(losses, one[0], rtol=1e-5, atol=1e-5), name
         apart = np.abs(np.array(two[0][name][1]) - one[1])

@@ -217,6 +217,38 @@ def test_a_finished_name_is_refused_and_an_unfinished_one_is_taken_again(tmp_pat
     ]  # fmt: skip
 
 
+def test_actors_and_evaluator_that_get_an_adapter_alone_have_the_learners_weights(
+    ray_cluster, tmp_path
+):
+    summary, lines = run(
+        tmp_path, "bandit_ppo", "learner.lora.rank=8", "learner.lr=1e-2", "learner.updates=40",
+        "rollout.adapter_only=true", "replay.schedule=pipelined", "replay.inner_epochs=4",
+        "eval.every=20",
+    )  # fmt: skip
+    assert summary["reward_eval"] > 0.15 > 2 * summary["reward_initial"]
+    probed = [nats for line in lines if (nats := line.get("engine_mismatch_probe")) is not None]
+    assert len(probed) >= 5 and max(probed) <= 1e-7
+    assert summary["engine_mismatch_alarms"] == 0 and balanced(summary["ledger"])
+    hf = tmp_path / summary["name"] / "checkpoints" / "step-40" / "hf"
+    assert {f.suffix for f in hf.iterdir()} == {".json", ".safetensors"}
+    assert evaluated(hf) > 0.15  # what it exports is what was evaluated
+
+
+def evaluated(hf: Path) -> float:
+    """Mean reward of fresh responses of a model directory."""
+    config = settings("bandit_ppo", f"policy.path={hf}", "prompts.source=jsonl",
+                      f"prompts.path={contexts(hf.parent)}", "rollout.max_tokens=10")  # fmt: skip
+    local = Local(config)
+    return float(next(local.steps(1)).index["reward_mean"])
+
+
+def contexts(folder: Path) -> Path:
+    """A file of the bandit's ten prompts."""
+    path = folder / "contexts.jsonl"
+    path.write_text("".join(json.dumps({"prompt_ids": [n]}) + "\n" for n in range(10)))
+    return path
+
+
 def test_ctrl_c_stops_writes_the_summary_and_leaves_no_process(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "cluster", "train", "bandit", f"run.dir={tmp_path}",

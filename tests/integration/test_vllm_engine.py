@@ -126,6 +126,23 @@ def test_new_weights_change_version_and_log_probabilities(engine, model):
         engine.load(np.zeros(3, dtype=np.float32), Version(1, 7))
 
 
+def test_merged_weights_of_an_adapter_sample_as_the_adapter_beside_its_base_does(
+    engine, small_policy
+):
+    config = prepare("bandit_vllm", [
+        *small_policy, "learner.lora.rank=8", "learner.lr=0.02", "learner.updates=10",
+    ])  # fmt: skip
+    local = Local(config)
+    list(local.steps(10))
+    assert np.abs(local.learner.weights() - local.learner.initial).max() > 0.01
+    engine.load(local.learner.weights(), Version(0, 10))
+    block = engine.generate(requests(*ONE_TOKEN), "rollout")
+    beside = local.learner.engine.policy.eval()
+    for n in range(100):
+        apart = stored(block, "logp_K", n) - recomputed(beside, block, n)
+        assert np.abs(apart).max() <= TOLERANCE
+
+
 def test_an_end_token_ends_the_response_and_belongs_to_it(engine, model):
     engine.load(weights(model, 8), Version(0, 8))
     engine.config.rollout.max_tokens = 30
