@@ -12,6 +12,8 @@ from learner.batch import Padded, conditionals, pad, token_logps
 from learner.objectives import load
 from learner.packing import check_boundaries, cost, first_fit, response_logps, rows
 from learner.signals import signals
+from tests.harness import Local, settings
+from tests.stages import model_directory, write_rows
 from tests.varying import SHAPES, VOCABULARY, network, rollouts
 
 
@@ -140,3 +142,32 @@ def test_an_architecture_that_reads_no_boundaries_is_refused():
 
     with pytest.raises(ValueError, match="learner.packing=false"):
         check_boundaries(Careless(shape), VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    "preset, overrides",
+    [("bandit_ppo", ("objective.kl_loss=0.05",)),
+     ("bandit_ppo_value", ()),
+     ("bandit_dpo", ("learner.micro_tokens=200",))],
+)  # fmt: skip
+def test_a_whole_run_packed_has_the_losses_of_one_that_is_not(tmp_path, preset, overrides):
+    """Two rounds of three passes, over responses of one to twelve tokens."""
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a b c"[: 1 + 2 * (n % 3)]}
+                                                      for n in range(12)])  # fmt: skip
+    common = [
+        f"policy.path={model_directory(tmp_path / 'model')}", "prompts.source=jsonl",
+        f"prompts.path={prompts}", "prompts.count=0", "rollout.responses_per_prompt=4",
+        "rollout.max_tokens=12", "reward.kind=length", "reward.target=3", "reward.end_tokens=[0]",
+        "replay.samples_per_round=48", "learner.minibatch=24", "replay.inner_epochs=3",
+        "learner.updates=12", "learner.lr=3e-3", "learner.exact_kl=false", *overrides,
+    ]  # fmt: skip
+    found = []
+    for packing in ("false", "true"):
+        local = Local(settings(preset, *common, f"learner.packing={packing}"))
+        losses = [record.loss for record in local.steps(11)]
+        lengths = local.queue.get(0, 11, 0).block.length_N
+        assert lengths.min() < 6 and lengths.max() == 12
+        found.append([*losses, next(local.steps(1)).loss])
+    assert np.abs(np.array(found[0])).max() > 1e-3
+    assert np.allclose(found[0], found[1], rtol=1e-4, atol=1e-4)
+    assert np.allclose(found[0][:6], found[1][:6], rtol=1e-5, atol=1e-5)
