@@ -5,6 +5,7 @@ from typing import Any
 
 import ray
 
+from cluster.placement import scorer_options
 from cluster.remote import spawn
 from configs.schema import Config
 from reward_server.rewards import describe
@@ -69,7 +70,7 @@ class Crew:
         if kind not in self._services:
             service = deploy(
                 config.reward, f"reward-{run}", limits.startup_seconds, limits.wait_seconds,
-                config.cluster.threads, config.cluster.reward_gpus,
+                config.cluster.threads, scorer_options(config),
             )  # fmt: skip
             if not self.keep:
                 return service

@@ -9,6 +9,7 @@ import ray
 from actors.actor import RewardClient
 from actors.rollout import Version
 from cluster.crew import Crew
+from cluster.placement import Placement
 from cluster.restarts import Restarts, reason
 from configs.schema import Config
 from reward_server.rewards import describe
@@ -27,8 +28,8 @@ class _Asked:
 class Evaluations:
     """Evaluations asked for and not yet taken, in the order of their steps."""
 
-    def __init__(self, config: Config, crew: Crew) -> None:
-        self.config, self.crew = config, crew
+    def __init__(self, config: Config, crew: Crew, placement: Placement) -> None:
+        self.config, self.crew, self.placement = config, crew, placement
         limits = config.limits
         self.restarts = Restarts(
             "the evaluator", "limits.evaluator_restarts", limits.evaluator_restarts,
@@ -40,10 +41,12 @@ class Evaluations:
         self.evaluator = self._spawn()
 
     def _spawn(self) -> Any:
-        gpus = self.config.cluster.evaluator_gpus
+        resources = self.config.cluster
         return self.crew.spawn(
-            "cluster.evaluate:Evaluator", self.config, self._gold, num_cpus=0, num_gpus=gpus
-        )
+            "cluster.evaluate:Evaluator", self.config, self._gold,
+            num_cpus=resources.evaluator_cpus, num_gpus=resources.evaluator_gpus,
+            **self.placement.options("evaluator"),
+        )  # fmt: skip
 
     def start(self, rewards: RewardClient, reference: Any) -> None:
         """Give it the reward service and π_ref's weights. Evaluations queue up behind that."""

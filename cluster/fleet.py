@@ -8,6 +8,7 @@ import ray
 
 from actors.actor import RewardClient
 from cluster.crew import Crew
+from cluster.placement import Placement, actor
 from cluster.restarts import Restarts, reason
 from configs.schema import Config
 from configs.schema_vllm import Transfer
@@ -21,6 +22,7 @@ def pushes(config: Config) -> bool:
 
 
 SILENCE = 10.0  # seconds between lines while actors start
+ROOM_SECONDS = 1.0  # between looks whether an actor has room
 
 
 class FleetError(RuntimeError):
@@ -28,21 +30,25 @@ class FleetError(RuntimeError):
 
 
 class Fleet:
-    """Starts `rollout.actors` actors and keeps that many alive."""
+    """Starts so many actors and keeps that many alive, each where there is room for it."""
 
-    def __init__(self, config: Config, crew: Crew, offline_path: str, fault_folder: str) -> None:
-        self.config, self.crew = config, crew
+    def __init__(
+        self, config: Config, crew: Crew, placement: Placement, actors: int, offline_path: str,
+        fault_folder: str,
+    ) -> None:  # fmt: skip
+        self.config, self.crew, self.placement = config, crew, placement
         self.offline_path, self.fault_folder = offline_path, fault_folder
         limits = config.limits
         self.restarts = Restarts(
             "rollout actors", "limits.actor_restarts", limits.actor_restarts, limits.backoff_seconds
         )
         self.on_restart: Callable[[dict[int, Any]], None] = lambda workers: None
-        self.workers = {index: self._start(index) for index in range(config.rollout.actors)}
+        self.workers = {index: self._start(index) for index in range(actors)}
         self.running: dict[Any, int] = {}
         self.started: dict[int, float] = {}  # when an actor was set to work
         self.known: dict[int, float] = {}  # when the queue last knew of it
-        self.due: dict[int, float] = {}  # when an actor is to be started again
+        self.due: dict[int, float] = {}  # when an actor is to be started, again or at all
+        self._without_room: set[int] = set()  # of those due, said already
 
     def _start(self, index: int) -> Any:
         resources = self.config.cluster
@@ -50,6 +56,7 @@ class Fleet:
             "cluster.rollout_worker:RolloutWorker", self.config, index, self.offline_path,
             self.fault_folder, num_cpus=resources.actor_cpus, num_gpus=resources.actor_gpus,
             max_concurrency=CALLS_AT_ONCE if pushes(self.config) else 1,
+            **self.placement.options(actor(index)),
         )  # fmt: skip
 
     def wait_ready(self, say: Callable[[str], None]) -> None:
@@ -108,12 +115,57 @@ class Fleet:
             if min(silent, now - self.started[index]) > limit:
                 del self.running[call]
                 lines.append(self._restart(index, f"no word of it for {limit:g} s"))
+        return lines + self._start_due()
+
+    def _start_due(self) -> list[str]:
+        """Start the actors whose time has come; those without room are looked at again."""
+        lines = []
         for index in [i for i, when in self.due.items() if when <= time.monotonic()]:
+            if not self.placement.there(actor(index)):
+                if index not in self._without_room:
+                    missing = self.placement.missing(actor(index))
+                    lines.append(f"the run goes on without rollout actor {index}: {missing}")
+                self._without_room.add(index)
+                self.due[index] = time.monotonic() + ROOM_SECONDS
+                continue
+            if index in self._without_room:
+                self._without_room.remove(index)
+                lines.append(f"there is room for rollout actor {index}")
             del self.due[index]
             self.workers[index] = self._start(index)
             self.on_restart({index: self.workers[index]})
             self._run(index)
         return lines
+
+    def scale(self, actors: int) -> str:
+        """Grow or shrink to so many actors, 0 … n − 1; returns a line about it.
+
+        What those that go had leased is issued again under the same ids. Whoever comes starts as
+        after a restart, once it has room.
+        """
+        there = {*self.workers, *self.due}
+        going = sorted(index for index in there if index >= actors)
+        for index in going:
+            self._end(index)
+        coming = sorted(set(range(actors)) - there)
+        for index in coming:
+            self.placement.add(index)
+            self.due[index] = time.monotonic()
+        call = self.queue.expect.remote(list(range(actors)))
+        released = ray.get(call, timeout=self.config.limits.wait_seconds)
+        change = (
+            f"{len(coming)} more" if coming else f"{len(going)} fewer" if going else "as before"
+        )
+        return f"rollout actors: {actors} ({change}), {released} lease(s) issued again"
+
+    def _end(self, index: int) -> None:
+        """End an actor that is not wanted any more, and give its room back."""
+        if (worker := self.workers.pop(index, None)) is not None:
+            ray.kill(worker)
+        self.running = {call: i for call, i in self.running.items() if i != index}
+        self.due.pop(index, None)
+        self._without_room.discard(index)
+        self.placement.leave(actor(index))
 
     def _restart(self, index: int, why: str) -> str:
         """End an actor for good, give its leases back, and note when the next one starts."""

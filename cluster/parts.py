@@ -6,9 +6,11 @@ from typing import Any
 
 import ray
 
+from cluster import scale
 from cluster.crew import Crew
 from cluster.evaluations import Evaluations
 from cluster.fleet import CALLS_AT_ONCE, Fleet, pushes
+from cluster.placement import Placement
 from cluster.run_directory import RunDirectory
 from configs.choices import DataSource, EngineKind
 from configs.schema import Config
@@ -39,6 +41,7 @@ class Parts:
     ) -> None:  # fmt: skip
         self.config, self.directory, self.say, self.crew = config, directory, say, crew
         self.own_cluster = own_cluster
+        self.placement = Placement(config, say)
         self.faults = str(directory.faults.resolve())
         self.learners: list[Any] = []
         self.queue: Any = None
@@ -54,13 +57,15 @@ class Parts:
         config = self.config
         offline = config.data.source is DataSource.offline
         offline_path = (config.data.path or str(self.directory.offline_data)) if offline else ""
+        actors = scale.actors(self.directory.path, config)
+        self.placement.reserve(actors)
         self.say("starting learner, rollout actors, evaluator and reward service")
         journal = self.directory.journal if config.checkpoints else None
         self.queue = queue_service.start(config, journal, self.directory.faults)
         restored = self.roll_back(checkpoint, actors_died=True) if checkpoint else None
         ranks = self.start_learners(restored)
-        self.fleet = Fleet(config, self.crew, offline_path, self.faults)
-        self._evaluations = Evaluations(config, self.crew)
+        self.fleet = Fleet(config, self.crew, self.placement, actors, offline_path, self.faults)
+        self._evaluations = Evaluations(config, self.crew, self.placement)
         self.rewards = self.crew.rewards(config, self.directory.name)
         if self.rewards.notice:
             self.say(self.rewards.notice)
@@ -92,12 +97,14 @@ class Parts:
         """Start every rank, ending those there are; returns the calls that bring them up."""
         for worker in self.learners:
             ray.kill(worker)
+        self.placement.wait(["learner"])  # whose node may be lost
         config, resources = self.config, self.config.cluster
         self.learners = [
             self.crew.spawn(
                 "learner.worker:LearnerWorker", config, rank, self.faults,
                 num_cpus=resources.learner_cpus, num_gpus=resources.learner_gpus,
                 max_concurrency=CALLS_AT_ONCE if pushes(config) else 1,
+                **self.placement.options("learner", rank),
             )
             for rank in range(config.learner.ranks)
         ]  # fmt: skip
@@ -196,6 +203,7 @@ class Parts:
         workers = [*self.learners, *(self.fleet.workers.values() if self.fleet else ())]
         evaluator = self._evaluations.evaluator if self._evaluations else None
         self.crew.dismiss([*workers, *([evaluator] if evaluator else [])])
+        self.placement.end()
         if self.queue is not None:
             ray.kill(self.queue)
 

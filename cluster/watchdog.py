@@ -1,4 +1,5 @@
-"""Watching over a run: what hangs is ended, what stands still is named and written down."""
+"""Watching over a run: what hangs is ended, what stands still is named and written down. What it
+is asked for meanwhile (`cluster.scale`) is done."""
 
 import json
 import time
@@ -7,6 +8,7 @@ from typing import Any
 
 import ray
 
+from cluster import scale
 from cluster.parts import Parts, QueueSilent
 from cluster.run_directory import RunDirectory
 from cluster.saver import Saver
@@ -47,7 +49,7 @@ class Watchdog:
         self, config: Config, parts: Parts, saver: Saver, directory: RunDirectory,
         say: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self.limits, self.parts, self.saver = config.limits, parts, saver
+        self.config, self.limits, self.parts, self.saver = config, config.limits, parts, saver
         self.directory, self.say = directory, say
         self._since = time.monotonic()
 
@@ -67,6 +69,7 @@ class Watchdog:
         assert self.parts.fleet is not None
         for line in self.parts.fleet.watch(status["actors"]):
             self.say(line)
+        scale.obey(self.directory.path, self.config, self.parts.fleet, self.say)
         self.saver.look_at_journal(status)
         asked = time.monotonic() - self._since  # what was before does not count
         if min(status["in_hand"], asked) > self.limits.step_seconds:

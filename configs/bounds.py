@@ -64,7 +64,8 @@ _GROUPS: dict[Bound, str] = {
         learner.max_grad_norm eval.every limits.actor_restarts cluster.actor_cpus
         rollout.vllm.kv_cache_gib
         cluster.learner_cpus cluster.learner_gpus cluster.actor_gpus cluster.evaluator_gpus
-        cluster.reward_gpus reward.target cluster.metrics_seconds
+        cluster.reward_gpus cluster.evaluator_cpus cluster.reward_cpus reward.target
+        cluster.metrics_seconds
         checkpoint.every checkpoint.seconds limits.backoff_seconds limits.learner_restarts
         limits.queue_restarts limits.evaluator_restarts objective.value.coefficient
         objective.kl_reward objective.kl_loss learner.lora.rank""",
@@ -81,7 +82,7 @@ _GROUPS: dict[Bound, str] = {
     _over_zero(0.02): "objective.tau",
     _over_zero(0.1): "objective.beta",
     _over_zero(1e-3): "learner.lr",
-    _over_zero(120.0): "limits.wait_seconds",
+    _over_zero(120.0): "limits.wait_seconds limits.placement_seconds",
     _over_zero(60.0): "limits.queue_seconds limits.transfer_seconds",
     _over_zero(1e-5): "limits.engine_mismatch_kl",
     _over_zero(300.0): "limits.startup_seconds",

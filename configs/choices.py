@@ -110,3 +110,12 @@ class Resume(Enum):
 class Precision(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+class Spread(Enum):
+    """Which nodes several processes take: few, one, many, or each another (Ray's strategies)."""
+
+    pack = "PACK"
+    strict_pack = "STRICT_PACK"
+    spread = "SPREAD"
+    strict_spread = "STRICT_SPREAD"

@@ -1,15 +1,18 @@
-"""Rules on GPUs: who has one, how weights travel between them, and who shares.
+"""Rules on GPUs and nodes: who has one, how weights travel between them, and who shares.
 
 Each rule raises ConfigError with a concrete fix, and may rely on what the rules before it hold.
 """
 
+import re
+
 from configs.bounds import Rule
-from configs.choices import DataSource, EngineKind, Schedule, UpdateKind
+from configs.choices import DataSource, EngineKind, Schedule, Spread, UpdateKind
 from configs.errors import ConfigError
 from configs.schema import Config
 from configs.schema_vllm import Transfer
 
 BY_HOST = "rollout.transfer=host"
+_LABEL = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]*/)?[A-Za-z0-9][A-Za-z0-9._-]*=[A-Za-z0-9._-]+")
 
 
 def transfer_has_gpus(config: Config) -> None:
@@ -99,10 +102,38 @@ def tensor_parallel_is_the_actors_gpus(config: Config) -> None:
         raise ConfigError(key, parallel, problem, f"{fix}, or cluster.actor_gpus={parallel}")
 
 
+def placed_parts_reserve_something(config: Config) -> None:
+    """A part is placed by what it reserves: nodes are named for those with CPUs or GPUs only."""
+    cluster, nodes = config.cluster, config.cluster.nodes
+    for part in ("learner", "actors", "evaluator", "reward"):
+        label, key, name = getattr(nodes, part), f"cluster.nodes.{part}", part.removesuffix("s")
+        reserved = getattr(cluster, f"{name}_cpus") + getattr(cluster, f"{name}_gpus")
+        if label and not _LABEL.fullmatch(label):
+            raise ConfigError(key, label, "is not a node label", f"write {key}=role={part}")
+        if label and not reserved:
+            fix = f"set cluster.{name}_cpus=1, or {key}= for any node"
+            raise ConfigError(key, label, "names nodes for a part that reserves nothing", fix)
+    if nodes.ranks is not Spread.pack and not cluster.learner_cpus + cluster.learner_gpus:
+        key, problem = "cluster.nodes.ranks", "places ranks that reserve nothing"
+        raise ConfigError(key, nodes.ranks, problem, f"set cluster.learner_cpus=1, or {key}=pack")
+
+
+def colocated_parts_name_one_node(config: Config) -> None:
+    """What shares one GPU has no nodes of its own."""
+    nodes = config.cluster.nodes
+    for part in ("actors", "evaluator"):
+        label, key = getattr(nodes, part), f"cluster.nodes.{part}"
+        if config.cluster.colocated and label not in ("", nodes.learner):
+            problem = "cluster.colocated=true puts it where the learner is"
+            raise ConfigError(key, label, problem, f"set {key}={nodes.learner}")
+
+
 GPU_RULES: tuple[Rule, ...] = (
     transfer_has_gpus,
     pushed_weights_are_the_newest,
     colocation_fits_transfer,
     colocated_take_turns,
     tensor_parallel_is_the_actors_gpus,
+    placed_parts_reserve_something,
+    colocated_parts_name_one_node,
 )

@@ -112,6 +112,15 @@ def run_name_is_a_file_name(config: Config) -> None:
         raise ConfigError("run.name", name, problem, f"set run.name={plain}")
 
 
+def run_dir_is_a_path(config: Config) -> None:
+    """A run renames, locks and appends to files, which object storage does not have."""
+    folder = config.run.dir
+    if "://" in folder:
+        problem = "is no path: a run renames, locks and appends to its files"
+        fix = "set run.dir to a folder that all nodes share, and copy finished runs from there"
+        raise ConfigError("run.dir", folder, problem, fix)
+
+
 SYSTEM_RULES: tuple[Rule, ...] = (
     data_path_is_used,
     in_flight_updates_can_happen,
@@ -121,5 +130,6 @@ SYSTEM_RULES: tuple[Rule, ...] = (
     bandit_contexts_are_tokens,
     run_name_is_a_file_name,
     metrics_are_no_faster_than_rays,
+    run_dir_is_a_path,
     faults_are_known,
 )

@@ -27,6 +27,7 @@ from configs.choices import (
 )
 from configs.schema_length import LengthDataConfig
 from configs.schema_lora import LoraConfig
+from configs.schema_nodes import NodesConfig
 from configs.schema_reward import RewardConfig, no_reward
 from configs.schema_stages import PipelineConfig, StageConfig
 from configs.schema_value import ValueConfig
@@ -199,6 +200,7 @@ class LimitsConfig:
 
     wait_seconds: float = 120.0  # for an answer
     startup_seconds: float = 300.0
+    placement_seconds: float = 120.0  # for the cluster to have room, nodes being added included
     queue_seconds: float = 60.0  # for the queue to say how it is, before it is taken to hang
     lease_seconds: float = 600.0  # for a lease, before its actor is taken to hang
     step_seconds: float = 600.0  # for one batch, before the learner is taken to hang
@@ -222,11 +224,14 @@ class ClusterConfig:
     dashboard: bool = False  # Ray's dashboard, when we start the cluster
     actor_cpus: float = 0.0  # CPUs that Ray reserves for each rollout actor
     learner_cpus: float = 0.0
+    evaluator_cpus: float = 0.0
+    reward_cpus: float = 0.0  # for each of reward.replicas
     learner_gpus: float = 0.0
     actor_gpus: float = 0.0
     evaluator_gpus: float = 0.0
     reward_gpus: float = 0.0  # for each of reward.replicas
     gpu_gib: float = 80.0  # GiB of memory that a GPU has, for `train --dry-run`
+    nodes: NodesConfig = field(default_factory=NodesConfig)  # of what has CPUs or GPUs reserved
     colocated: bool = False  # learner and actor share one GPU and take turns: vLLM sleeps meanwhile
     threads: int = 1  # per process; small models are slower with two
     metrics_seconds: float = 10.0  # between exports to Ray's metrics agent, at least 1; 0: none

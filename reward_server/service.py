@@ -83,13 +83,13 @@ def deploy(
     timeout_s: float = 120.0,
     stall_s: float = 120.0,
     threads: int = 1,
-    gpus: float = 0.0,
+    actor_options: dict[str, Any] | None = None,
 ) -> RewardService:
     """Start the reward service as the Serve app `name` on the Ray cluster we are connected to.
 
-    A scorer whose reward does not return for `stall_s` seconds is replaced. gpus: for each scorer,
-    which a reward model runs on. ValueError: a wrong
-    setting, before anything starts. RuntimeError: it did not start, with the reason. TimeoutError:
+    A scorer whose reward does not return for `stall_s` seconds is replaced. actor_options: of each
+    scorer, `num_gpus`, `label_selector` and the like. ValueError: a wrong setting, before anything
+    starts. RuntimeError: it did not start, with the reason. TimeoutError:
     it did not start within `timeout_s` seconds. After an error none of its replicas is left.
     """
     check(config, os.getcwd())  # a wrong setting stops here, in one line
@@ -98,7 +98,7 @@ def deploy(
     digest, token_file = token(config) if config.port else (b"", "")
     try:
         start_serve(config.port)
-        scorer = _scorer(config, stall_s, threads, gpus)
+        scorer = _scorer(config, stall_s, threads, actor_options or {})
         app = _app(config, name, digest, scorer)
         route = "/" if config.port else None
         targets = [serve.RunTarget(app, name, route, _LOGGING)]
@@ -117,8 +117,10 @@ def deploy(
     return RewardService(name, client, url, token_file)
 
 
-def _scorer(config: RewardConfig, stall_s: float, threads: int, gpus: float) -> serve.Application:
-    options = _OPTIONS | {"ray_actor_options": {"num_cpus": 0, "num_gpus": gpus}}
+def _scorer(
+    config: RewardConfig, stall_s: float, threads: int, actor_options: dict[str, Any]
+) -> serve.Application:
+    options = _OPTIONS | {"ray_actor_options": {"num_cpus": 0} | actor_options}
     deployment = serve.deployment(name="Scorer", num_replicas=config.replicas, **options)(Scorer)
     return deployment.bind(config, os.getcwd(), stall_s, threads, describe(config))
 

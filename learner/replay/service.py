@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.actor import Lease
 from actors.rollout import Rollouts, Version
@@ -41,6 +42,9 @@ def start(config: Config, journal: Path | None, fault_folder: Path) -> Any:
     options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000}
     if journal is not None:
         options |= {"max_restarts": config.limits.queue_restarts, "max_task_retries": -1}
+    # Where the driver is: the journal is on its file system, and its node outlives no run.
+    here = ray.get_runtime_context().get_node_id()
+    options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=True)
     settings = of(config, journal, fault_folder)
     return ray.remote(QueueService).options(**options).remote(settings)
 
@@ -52,6 +56,7 @@ class QueueService:
         faults.install(*settings.faults)
         self.settings = settings
         self.closed = False
+        self.fleet: set[int] | None = None  # the actors that there are; None: whoever asks
         self.journal = Journal(Path(settings.journal)) if settings.journal else None
         found = recovery.recover(self._new, self.journal) if self.journal else None
         self.queue = found or self._new()
@@ -79,7 +84,7 @@ class QueueService:
         """
         started = self.stalls.called(actor, slot)
         answer = await self._until(
-            lambda: self._over() or self.queue.lease(actor, slot, done), POLL_SECONDS
+            lambda: self._over(actor) or self.queue.lease(actor, slot, done), POLL_SECONDS
         )
         self.stalls.answered(actor, slot, started)
         if isinstance(answer, Lease):
@@ -92,8 +97,9 @@ class QueueService:
         found = await self._until(lambda: self._over() or self.queue.newer(than), POLL_SECONDS)
         return found or "wait"
 
-    def _over(self) -> str | None:
-        return "over" if self.closed or self.queue.finished else None
+    def _over(self, actor: int | None = None) -> str | None:
+        gone = actor is not None and self.fleet is not None and actor not in self.fleet
+        return "over" if gone or self.closed or self.queue.finished else None
 
     async def put(self, lease: Lease, block: Rollouts, probed: float | None = None) -> None:
         faults.hit("queue.put.before")
@@ -114,6 +120,16 @@ class QueueService:
             self.stalls.forget(actor)
         self._wake()
         return released
+
+    async def expect(self, actors: list[int]) -> int:
+        """The fleet is these actors from now on. Others get no lease, also where they wait for one;
+        what they hold is issued again. Returns how many leases that is."""
+        self.fleet = set(actors)
+        held = {taken.actor for taken in self.queue.line.leases.values()}
+        gone = sorted((held | set(self.stalls.quiet())) - self.fleet)
+        for actor in gone:
+            self.stalls.dismiss(actor)
+        return sum([(await self.release(actor, blame=False))[0] for actor in gone])
 
     # Learner ranks.
 

@@ -26,7 +26,8 @@ class Stalls:
 
     def answered(self, actor: int, slot: int, since: float) -> None:
         """It has its answer."""
-        self._actors[actor, slot][1] += time.monotonic() - since
+        if (actor, slot) in self._actors:  # not where it was dismissed meanwhile
+            self._actors[actor, slot][1] += time.monotonic() - since
         if actor in self._waiting:  # not where it was taken for dead meanwhile
             self._waiting[actor].discard(since)
             self.heard(actor)
@@ -39,6 +40,11 @@ class Stalls:
         """It is not any more."""
         self._heard.pop(actor, None)
         self._waiting.pop(actor, None)
+
+    def dismiss(self, actor: int) -> None:
+        """It is not wanted any more; its waiting counts no longer."""
+        self.forget(actor)
+        self._actors = {key: spent for key, spent in self._actors.items() if key[0] != actor}
 
     def quiet(self) -> dict[int, float]:
         """Seconds since each actor was heard of; none of one that waits for a lease, however

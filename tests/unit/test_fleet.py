@@ -7,6 +7,7 @@ import pytest
 
 from cluster import fleet as module
 from cluster.fleet import Fleet
+from cluster.placement import Placement
 from tests.harness import settings
 
 
@@ -23,7 +24,8 @@ def fleet(monkeypatch) -> Fleet:
     call = SimpleNamespace(remote=lambda *arguments: object())
     crew: Any = SimpleNamespace(spawn=lambda *a, **o: SimpleNamespace(call=call))
     limits = ["limits.startup_seconds=300", "limits.lease_seconds=600"]
-    fleet = Fleet(settings("bandit", *limits), crew, "", "")
+    config = settings("bandit", *limits)
+    fleet = Fleet(config, crew, Placement(config, print), 1, "", "")
     fleet._restart = lambda index, why: why  # type: ignore[method-assign]
     fleet.serve(None, None)  # type: ignore[arg-type]
     return fleet
