@@ -48,6 +48,24 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _scale(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from cluster.scale import ask
+
+    print(ask(Path(arguments.run), arguments.actors))
+    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from cluster.jobs.submit import submit
+
+    return submit(
+        arguments.preset, arguments.settings, arguments.address, arguments.install,
+        not arguments.no_wait,
+    )  # fmt: skip
+
+
 def _study(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -126,6 +144,15 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
     sub = command("report", _report, "write report.html of a run")
     sub.add_argument("run", metavar="RUN_DIR")
+    sub = command("submit", _submit, "train, as a job on a Ray cluster")
+    sub.add_argument("preset", metavar="PRESET", help="a YAML file, or a name in configs/")
+    sub.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
+    sub.add_argument("--address", default="", metavar="URL", help="of Ray's dashboard")
+    sub.add_argument("--install", action="store_true", help="pinned packages on the nodes, too")
+    sub.add_argument("--no-wait", action="store_true", help="do not follow the run's output")
+    sub = command("scale", _scale, "more or fewer rollout actors for a run that goes on")
+    sub.add_argument("run", metavar="RUN_DIR")
+    sub.add_argument("--actors", type=int, required=True, metavar="N")
     sub = command("pipeline", _pipeline, "run a preset's stages in order, then train and evaluate")
     sub.add_argument("preset", metavar="PRESET", help="one that names its stages, as length_min")
     sub.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
@@ -160,7 +187,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; what is wrong with its input is one line on stderr, exit status 2."""
-    parsed = parser().parse_args(arguments)
+    top = parser()
+    parsed, more = top.parse_known_args(arguments)  # settings may stand after options, too
+    if more and (not hasattr(parsed, "settings") or any(word.startswith("-") for word in more)):
+        top.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        parsed.settings += more
     try:
         return parsed.command(parsed)
     except (ValueError, FileNotFoundError) as error:
