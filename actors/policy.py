@@ -5,6 +5,7 @@ learner with its version. So π_ref and a value head never leave the learner.
 """
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -35,10 +36,21 @@ def architecture(config: Config) -> PretrainedConfig:
     if not policy.path:
         return bandit_architecture(policy.bandit, config.rollout.max_tokens)
     try:
-        return AutoConfig.from_pretrained(policy.path, revision=policy.revision or None)
+        pinned(policy)
+        return AutoConfig.from_pretrained(
+            policy.path, revision=policy.revision or None, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         line = str(error).splitlines()[0]
         raise ValueError(f"policy.path={policy.path}: cannot be read: {line}") from error
+
+
+def pinned(policy: PolicyConfig) -> None:
+    """ValueError for a hub name without a commit: it stands for whatever its owner puts there."""
+    if not os.path.isdir(policy.path) and not policy.revision:
+        raise ValueError(
+            "no such directory; correct it, or pin a hub name with policy.revision=COMMIT"
+        )
 
 
 def bandit_architecture(bandit: BanditPolicyConfig, max_tokens: int) -> GPT2Config:

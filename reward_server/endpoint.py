@@ -54,7 +54,7 @@ class Endpoint:
         try:
             return JSONResponse(await self._answer(request))
         except Refusal as refusal:
-            log.warning("refused %s: %d %s", request.method, refusal.status, refusal)
+            log.warning("refused %.20r: %d %s", request.method, refusal.status, refusal)
             headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else None
             return JSONResponse({"error": str(refusal)}, refusal.status, headers)
 

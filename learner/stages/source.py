@@ -133,6 +133,7 @@ def open_source(config: Config, kind: Kind) -> Source:
         raise ConfigError(key, "", problem, "set it, or policy.path, to a model directory")
     revision = chosen.revision or None
     try:
+        policy.pinned(chosen)
         shape = AutoConfig.from_pretrained(
             chosen.path, revision=revision, trust_remote_code=False
         )  # fmt: skip
