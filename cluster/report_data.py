@@ -4,7 +4,6 @@ A run that is still going, or was killed, has no summary; one is then made of it
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,15 +13,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cluster.report_tables import merge
+from cluster.report_tally import Tally
 
 SCALARS = (
     "step", "reward_mean", "reward_eval", "reward_eval_error", "reward_gold",
     "reward_gold_error", "kl_to_generator",
     "kl_from_generator", "kl_to_reference", "eval_kl_to_reference", "loss", "ess",
 )  # fmt: skip
-AVERAGED = ("reward_mean", "kl_to_generator", "kl_from_generator", "ess")
-_LAST = ("reward_eval", "reward_gold", "kl_to_reference")
 FILES = ("config.yaml", "metrics.jsonl", "samples.jsonl", "summary.json", "environment.json")
 SAMPLES = 24  # rollouts shown
 
@@ -62,25 +59,31 @@ def read(directory: Path) -> Run:
         raise FileNotFoundError(f"no run directory at {directory}")
     if not any((directory / name).is_file() for name in FILES):
         raise FileNotFoundError(f"{directory} is not a run: it has none of {', '.join(FILES)}")
-    run = Run(directory.resolve().name)
-    run.config_text = _text(directory / "config.yaml")
-    run.config = _config(run.config_text)
-    run.environment = _object(directory / "environment.json")
-    summary = _object(directory / "summary.json")
-    run.complete = bool(summary)
-    tally = None if summary else _Tally()
+    run = describe(directory)
+    tally = None if run.complete else Tally()
     run.history = _history(directory / "metrics.jsonl", tally, run.notes)
-    run.summary = tally.summary(run.history) if tally else summary
-    run.name = str(summary.get("name") or run.name)
-    run.samples = _spread(list(_json_lines(directory / "samples.jsonl", run.notes)))
-    if summary.get("failure"):
-        run.notes.insert(0, f"The run failed: {summary['failure']}")
-    if not run.complete:
+    if tally:
+        run.summary = tally.summary()
         run.notes.insert(
             0,
             "There is no summary.json: the run is still going, or was killed. "
             "Numbers are from the metrics lines so far: means over them, and the last KL to π_ref.",
         )
+    run.samples = _spread(list(_json_lines(directory / "samples.jsonl", run.notes)))
+    return run
+
+
+def describe(directory: Path) -> Run:
+    """What a run directory says of its run without metrics lines and samples."""
+    run = Run(directory.resolve().name)
+    run.config_text = _text(directory / "config.yaml")
+    run.config = _config(run.config_text)
+    run.environment = _object(directory / "environment.json")
+    run.summary = _object(directory / "summary.json")
+    run.complete = bool(run.summary)
+    run.name = str(run.summary.get("name") or run.name)
+    if run.summary.get("failure"):
+        run.notes.append(f"The run failed: {run.summary['failure']}")
     return run
 
 
@@ -128,7 +131,7 @@ def _json_lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
         notes.append(f"{unreadable} unreadable line{plural} of {path.name} left out.")
 
 
-def _history(path: Path, tally: "_Tally | None", notes: list[str]) -> History:
+def _history(path: Path, tally: Tally | None, notes: list[str]) -> History:
     history: History = {name: [] for name in SCALARS}
     for line in _json_lines(path, notes):
         if tally:
@@ -137,60 +140,6 @@ def _history(path: Path, tally: "_Tally | None", notes: list[str]) -> History:
             value = line.get(name)
             history[name].append(float(value) if isinstance(value, (int, float)) else float("nan"))
     return history
-
-
-class _Tally:
-    """A summary of a run that has none."""
-
-    def __init__(self) -> None:
-        self.lines = 0
-        self.last: dict[str, Any] = {}
-        self.counts: dict[str, Counter[int]] = {"age": Counter(), "reuse": Counter()}
-        self.cells: dict[tuple[Any, Any], dict[str, Any]] = {}
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Take a metrics line."""
-        self.lines += 1
-        self.last = line
-        for name, counter in self.counts.items():
-            histogram = (line.get(name) or {}).get("histogram") or {}
-            counter.update({int(value): int(count) for value, count in histogram.items()})
-        for row in line.get("cells") or []:
-            key = (row.get("age"), row.get("reuse"))
-            self.cells[key] = merge([self.cells[key], row]) if key in self.cells else row
-
-    def summary(self, history: History) -> dict[str, Any]:
-        """summary.json's keys, as far as metrics lines tell."""
-        known = {name: [v for v in column if v == v] for name, column in history.items()}
-        mean = {name: sum(v) / len(v) if v else None for name, v in known.items()}
-        batch = self.last.get("batch")
-        retired = self.last.get("retired_total")
-        ledger = {
-            "in_flight": self.last.get("rollouts_in_flight"),
-            "queued": self.last.get("queue_depth"),
-            "retired": retired,
-        }
-        return {
-            "updates": batch + 1 if isinstance(batch, int) else self.last.get("step"),
-            **{k: known[k][-1] if known[k] else None for k in _LAST},
-            "ledger": ledger if retired is not None else None,
-            "age": _describe(self.counts["age"]),
-            "reuse": _describe(self.counts["reuse"]),
-            "cells": [self._share(row) for row in self.cells.values()],
-            **{name: mean[name] for name in AVERAGED},
-        }
-
-    def _share(self, row: dict[str, Any]) -> dict[str, Any]:
-        share = row.get("gradient_share")
-        return {**row, "gradient_share": None if share is None else share / self.lines}
-
-
-def _describe(counter: Counter[int]) -> dict[str, Any] | None:
-    total = sum(counter.values())
-    if not total:
-        return None
-    mean = sum(value * count for value, count in counter.items()) / total
-    return {"mean": mean, "max": max(counter), "histogram": dict(counter)}
 
 
 def _spread(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cluster.report_data import Run
+from cluster.thinning import thin
 
-POINTS = 1000  # most points of one curve
 BARS = 40  # most bars of a histogram
 LARGE, SMALL = (4.2, 3.0), (3.3, 2.5)  # inches; only their proportions to the text matter
 # Colours that are replaced by CSS variables once the SVG is written.
@@ -194,17 +194,6 @@ def _series(axes: Axes, x: np.ndarray, y: np.ndarray, colour: str, window: int) 
         even = np.ones(window) / window
         mean_x, mean_y = (np.convolve(values, even, mode="valid") for values in (x, y))
         axes.plot(*thin(mean_x, mean_y), color=colour, linewidth=1.6)
-
-
-def thin(x: np.ndarray, y: np.ndarray, most: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` points: the least and greatest of each stretch, so that no spike is lost."""
-    if len(x) <= most:
-        return x, y
-    keep: set[int] = {0, len(x) - 1}
-    for stretch in np.array_split(np.arange(len(x)), (most - 2) // 2):
-        keep |= {int(stretch[np.argmin(y[stretch])]), int(stretch[np.argmax(y[stretch])])}
-    which = np.array(sorted(keep))
-    return x[which], y[which]
 
 
 def _svg(name: str, paint: Callable[[Axes], None], size: tuple[float, float] = LARGE) -> Markup:

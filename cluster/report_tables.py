@@ -51,20 +51,43 @@ class Grid:
     rows: list[tuple[str, list[Shade | None]]]
 
 
-def merge(rows: Sequence[Row]) -> Row:
+class CellSum:
     """Cells put together: counts and gradient share added, the rest weighted by rollouts."""
-    out: Row = {"age": rows[0].get("age"), "reuse": rows[0].get("reuse")}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        if name in out:
-            continue
-        known = [row for row in rows if _known(row.get(name))]
-        if name in SUMMED:
-            out[name] = sum(row[name] for row in known) if known else None
-            continue
-        weight = sum(row.get("rollouts") or 0 for row in known)
-        if weight:
-            out[name] = sum(row[name] * (row.get("rollouts") or 0) for row in known) / weight
-    return out
+
+    def __init__(self, first: Row) -> None:
+        self._row: Row = {"age": first.get("age"), "reuse": first.get("reuse")}
+        self._sums: dict[str, list[float]] = {}  # total and weight of what is known
+
+    def add(self, row: Row) -> None:
+        """Take a cell, the first one too."""
+        rollouts = row.get("rollouts") or 0
+        for name, value in row.items():
+            if name in self._row:
+                continue
+            if (sums := self._sums.get(name)) is None:
+                sums = self._sums[name] = [0, 0]
+            if (type(value) is float or type(value) is int) and math.isfinite(value):
+                weight = 1 if name in SUMMED else rollouts
+                sums[0] += value * weight
+                sums[1] += weight
+
+    def row(self) -> Row:
+        """One cell for all; a measure without weight is absent, a sum of nothing None."""
+        out = dict(self._row)
+        for name, (total, weight) in self._sums.items():
+            if name in SUMMED:
+                out[name] = total if weight else None
+            elif weight:
+                out[name] = total / weight
+        return out
+
+
+def merge(rows: Sequence[Row]) -> Row:
+    """Cells put together, at the first one's age and reuse."""
+    cell = CellSum(rows[0])
+    for row in rows:
+        cell.add(row)
+    return cell.row()
 
 
 def _known(value: object) -> bool:
