@@ -66,6 +66,18 @@ def _submit(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
 
 
+def _dashboard(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from cluster.dashboard.server import serve
+
+    serve(
+        arguments.runs, Path(arguments.root), arguments.host, arguments.port, arguments.token,
+        lambda text: print(text, flush=True),
+    )  # fmt: skip
+    return 0
+
+
 def _study(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -153,6 +165,12 @@ def parser() -> argparse.ArgumentParser:
     sub = command("scale", _scale, "more or fewer rollout actors for a run that goes on")
     sub.add_argument("run", metavar="RUN_DIR")
     sub.add_argument("--actors", type=int, required=True, metavar="N")
+    sub = command("dashboard", _dashboard, "follow and compare runs on a live page")
+    sub.add_argument("runs", nargs="*", metavar="RUN", help="folders or names; without: all")
+    sub.add_argument("--runs", dest="root", default="runs", metavar="DIR", help="where runs are")
+    sub.add_argument("--port", type=int, default=0, help="0: any free one, which is printed")
+    sub.add_argument("--host", default="127.0.0.1", help="beyond loopback it needs a token")
+    sub.add_argument("--token", default="", help="better in ONPOLICY_DASHBOARD_TOKEN: ps shows it")
     sub = command("pipeline", _pipeline, "run a preset's stages in order, then train and evaluate")
     sub.add_argument("preset", metavar="PRESET", help="one that names its stages, as length_min")
     sub.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")

@@ -23,7 +23,7 @@ def test_report_of_no_run_is_one_line(tmp_path, capsys):
 
 COMMANDS = [
     "train", "sft", "reward-model", "label", "pipeline", "evaluate", "study", "report", "bench",
-    "advise", "doctor",
+    "advise", "doctor", "dashboard",
 ]  # fmt: skip
 
 

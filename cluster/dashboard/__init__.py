@@ -1,0 +1,1 @@
+"""The live page: `python -m cluster dashboard` follows runs, and compares them, in a browser."""
