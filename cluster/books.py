@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cluster import summary
+from cluster import summary, trackers
 from cluster.evaluations import Evaluations
 from cluster.metrics import MetricsFile, merge
 from cluster.monitoring.exporter import Exporter
@@ -27,7 +27,9 @@ class Books:
         self.config, self.progress = config, progress
         self.exporter = Exporter(config)
         self.say: Callable[[str], None] = progress.message
-        self.metrics = MetricsFile(directory.metrics)
+        self.metrics = MetricsFile(
+            directory.metrics, trackers.begin(config, directory.metrics.parent)
+        )
         self.samples = directory.samples.open("ab")
         self.tally = summary.Tally()
         self.batch = 0  # how many are consumed

@@ -1,11 +1,11 @@
 """The one list of metrics, and the file that has a line of them per optimizer step."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from learner import cells
 from learner.cells import StepRecord
@@ -165,13 +165,38 @@ def _histogram(counts: dict[int, int]) -> dict[str, Any] | None:
     }
 
 
+def numbers(line: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every number of a metrics line; one within an object has a dotted name, as `age.mean`."""
+    for name, value in line.items():
+        if type(value) is float or type(value) is int:
+            yield name, value
+        elif type(value) is dict:
+            for inner, number in value.items():
+                if type(number) is float or type(number) is int:
+                    yield f"{name}.{inner}", number
+
+
+class Tracker(Protocol):
+    """Whoever is given the lines, too, once they are whole."""
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Take the next step's line."""
+
+    def cut(self, step: int) -> None:
+        """The steps after this one are undone."""
+
+    def close(self) -> None:
+        """There is no more."""
+
+
 class MetricsFile:
     """metrics.jsonl: a line per optimizer step, in order.
 
     A step that is being evaluated is held back, with those after it, until its result is there.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = trackers
         self._file: BinaryIO = path.open("ab")
         self._lines: list[dict[str, Any]] = []
         self._awaited: set[int] = set()
@@ -198,6 +223,8 @@ class MetricsFile:
             line = self._lines[ready]
             self._file.write(json.dumps(line).encode() + b"\n")
             self._ends.append((line["step"], self._file.tell()))
+            for tracker in self._trackers:
+                tracker.add(line)
             ready += 1
         if ready:
             del self._lines[:ready]
@@ -217,9 +244,13 @@ class MetricsFile:
         self._file.truncate(size)
         self._file.seek(size)
         self._ends = [(step, size)]
+        for tracker in self._trackers:
+            tracker.cut(step)
 
     def close(self) -> None:
         """Write what is held back, evaluated or not."""
         self._awaited.clear()
         self._write()
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close()

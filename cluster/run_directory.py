@@ -21,7 +21,7 @@ from configs.load import load, to_yaml
 from configs.schema import Config
 
 FREE_TO_CHANGE = {
-    "resume", "run.dir", "cluster.faults", "cluster.address", "cluster.dashboard",
+    "resume", "run.dir", "run.trackers", "cluster.faults", "cluster.address", "cluster.dashboard",
     "cluster.metrics_seconds",
 }  # fmt: skip
 Matters = Callable[[str], bool]  # of a setting, by its full name

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from actors.rollout import Version
-from cluster import connection, inputs, run_directory, scorers, summary
+from cluster import connection, inputs, run_directory, scorers, summary, trackers
 from cluster.books import Books
 from cluster.checkpoints import Checkpoints, driver_state
 from cluster.crew import Crew
@@ -44,6 +44,7 @@ def train(config: Config, preset: str, crew: Crew | None = None) -> dict[str, An
     """
     started = time.monotonic()
     checked = inputs.check(config)
+    trackers.check(config)
     directory = run_directory.claim(config, preset)
     scorers.keep(directory.path, config)
     with Progress(directory.name, config.learner.updates, describe(config)) as progress:

@@ -101,6 +101,9 @@ class RateSchedule(Enum):
     cosine = "cosine"
 
 
+TRACKERS = ("tensorboard",)  # run.trackers; each is a Python package of that name
+
+
 class Resume(Enum):
     auto = "auto"
     changed = "changed"

@@ -240,7 +240,8 @@ def _wrong_type(key: str, value: object) -> ConfigError:
 def _expected(hint: object) -> str:
     """A type in words: `an integer`, `one of torch, vllm`."""
     if typing.get_origin(hint) is list:
-        return "a list such as [0, 2]"
+        texts = typing.get_args(hint) == (str,)
+        return 'a list such as ["one", "two"]' if texts else "a list such as [0, 2]"
     options = [t for t in typing.get_args(hint) if t is not type(None)]
     if options:
         return " or ".join([_expected(option) for option in options] + ["null"])
@@ -255,6 +256,8 @@ def _written(key: str, text: str) -> object:
     field to parse."""
     hint = _leaves().get(key)
     if typing.get_origin(hint) is list:
+        if typing.get_args(hint) == (str,) and not text.startswith("["):
+            return [word for word in text.split(",") if word]
         try:
             return json.loads(text or "[]")
         except (ValueError, RecursionError):

@@ -7,8 +7,15 @@ import re
 
 from configs import faults
 from configs.bounds import Rule, near, set_to
-from configs.choices import DataSource, EngineKind, PromptKind, Schedule, UpdateKind
-from configs.errors import ConfigError
+from configs.choices import (
+    TRACKERS,
+    DataSource,
+    EngineKind,
+    PromptKind,
+    Schedule,
+    UpdateKind,
+)
+from configs.errors import ConfigError, shown
 from configs.schema import Config
 
 # vllm 0.32.0, v1/attention/backends/cpu_attn.py
@@ -121,6 +128,17 @@ def run_dir_is_a_path(config: Config) -> None:
         raise ConfigError("run.dir", folder, problem, fix)
 
 
+def trackers_are_known(config: Config) -> None:
+    """`run.trackers` names trackers that there are, each once."""
+    names, known = config.run.trackers, ", ".join(TRACKERS)
+    if unknown := [name for name in names if name not in TRACKERS]:
+        problem = f"{shown(unknown[0], 40)} is none that is known"
+        raise ConfigError("run.trackers", names, problem, f"take of {known}")
+    if len(set(names)) < len(names):
+        fix = f"set run.trackers={','.join(dict.fromkeys(names))}"
+        raise ConfigError("run.trackers", names, "names one twice", fix)
+
+
 SYSTEM_RULES: tuple[Rule, ...] = (
     data_path_is_used,
     in_flight_updates_can_happen,
@@ -132,4 +150,5 @@ SYSTEM_RULES: tuple[Rule, ...] = (
     metrics_are_no_faster_than_rays,
     run_dir_is_a_path,
     faults_are_known,
+    trackers_are_known,
 )
