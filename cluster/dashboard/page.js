@@ -5,6 +5,7 @@
 const EVERY = 2000; // milliseconds
 const DASHES = ["solid", "dot", "dash", "dashdot", "longdash"];
 const CONFIG = { responsive: true, displayModeBar: false };
+const plotly = new Promise((loaded) => addEventListener("DOMContentLoaded", loaded));
 const $ = (id) => document.getElementById(id);
 const page = { charts: [], chosen: null, runs: new Map(), listed: 0 };
 
@@ -66,6 +67,7 @@ async function refresh(anyway = false) {
   }));
   for (const name of page.runs.keys()) if (!page.chosen.includes(name)) page.runs.delete(name);
   const runs = page.chosen.map((name) => page.runs.get(name)).filter((run) => run);
+  await plotly;
   if (anyway || changed.includes(true)) draw(runs);
   tell(runs);
   return runs.every((run) => run.read);

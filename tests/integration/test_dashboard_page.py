@@ -32,7 +32,8 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def training(root) -> Iterator["subprocess.Popen[bytes]"]:
-    """A real run, under way: started first, looked at last, since it takes a while to start."""
+    """A real run, under way: begun a test before it is looked at, since it takes a while to start,
+    and after the one that takes the time."""
     command = [
         sys.executable, "-m", "cluster", "train", "bandit", f"run.dir={root}", "run.name=trained",
         f"learner.updates={UPDATES}", "eval.every=10",
@@ -47,7 +48,7 @@ def training(root) -> Iterator["subprocess.Popen[bytes]"]:
 
 
 @pytest.fixture(scope="module")
-def address(root, training) -> Iterator[str]:
+def address(root) -> Iterator[str]:
     """The dashboard's own process, and the address that it prints."""
     command = [sys.executable, "-m", "cluster", "dashboard", "--runs", str(root)]
     environment = os.environ | {"ONPOLICY_DASHBOARD_TOKEN": TOKEN}
@@ -118,7 +119,7 @@ def test_50_000_steps_open(page, address, root, record_property):
     assert max(size for path, size in sizes if path == "/api/run") < 1_500_000
 
 
-def test_two_runs_are_compared_and_their_text_stays_text(page, address, root):
+def test_two_runs_are_compared_and_their_text_stays_text(page, address, root, training):
     odd = f"{NASTY} <b>bold</b>"
     write(root, [line(step) for step in range(1, 31)], "plain")
     directory = write(root, [line(step) for step in range(1, 21)], odd)
