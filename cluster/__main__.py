@@ -187,7 +187,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--parallel", type=int, default=0, metavar="N", help="trials at a time")
     sub.add_argument("--out", default="runs", metavar="DIR", help="results go to DIR/studies/NAME")
     sub = command("bench", _bench, "measure ours beside a named baseline, in one run")
-    sub.add_argument("name", choices=["kills", "learner", "methods", "overhead", "soak", "weights"])
+    names = ["kills", "learner", "methods", "overhead", "soak", "trl", "weights"]
+    sub.add_argument("name", choices=names)
     sub.add_argument("settings", nargs="*", metavar="key=value")
     sub = command("label", _label, "preference pairs from a data set's or a policy's responses")
     sub.add_argument("preset", metavar="PRESET", help="a YAML file, or a name in configs/")

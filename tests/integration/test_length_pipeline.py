@@ -29,7 +29,8 @@ def test_a_pipeline_ends_with_an_evaluated_policy_and_a_second_call_does_nothing
     assert {path for path, time in _times(tmp_path).items() if written.get(path) != time} == {
         Path("length_min/evaluation.json")
     }
-    assert main(["advise", "length_min", "samples=256", *settings]) == 0
+    whole = [*settings, "rollout.max_tokens=64"]  # room for the preferences' responses
+    assert main(["advise", "length_min", "samples=256", *whole]) == 0
     advised = json.loads((tmp_path / "advice/length_min/advice.json").read_text())
     assert advised["problem"].endswith("s") and "length(target=0" in advised["problem"]  # the gold
     assert advised["c2"]["responses"] == 256, "the reward model's preferences are the data"
