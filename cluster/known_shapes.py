@@ -39,7 +39,7 @@ def shape(key: str, path: str, revision: str = "") -> PretrainedConfig:
     if found := _KNOWN.get(_SAME.get(path, path)):
         return found
     try:
-        return AutoConfig.from_pretrained(path, revision=revision or None)
+        return AutoConfig.from_pretrained(path, revision=revision or None, trust_remote_code=False)
     except (OSError, ValueError) as error:
         line = str(error).splitlines()[0]
         raise ConfigError(key, path, f"cannot be read: {line}", "name a model directory") from error
