@@ -86,6 +86,7 @@ def test_a_quick_study_of_the_paper_ends_with_its_figure_and_verdicts(tmp_path, 
     assert os.listdir(folder / "trials") and (folder / "environment.json").exists()
 
 
+@pytest.mark.long
 def test_a_full_disk_is_named_and_the_study_goes_on_when_there_is_room(
     tmp_path, small, ray_cluster, capfd
 ):
