@@ -15,7 +15,7 @@ from cluster import pipeline
 from cluster.remote import spawn
 from cluster.restarts import reason
 from cluster.study.spec import Cell, Study
-from configs.load import to_yaml
+from configs.bounds import leaves
 from configs.schema import Config
 
 TRAINING = ["checkpoint.every=0", "checkpoint.seconds=0", "resume=never", "run.samples_per_round=0"]
@@ -46,7 +46,7 @@ class Trial:
         more += [f"learner.updates={self.updates}"] if self.updates else []
         config = study.prepare(self.cell, *more)
         config.run.name, config.run.dir = "", ""
-        digest = hashlib.sha256(to_yaml(config).encode()).hexdigest()[:10]
+        digest = _digest(config)
         config.run.dir = str((stages or folder).resolve())
         config = pipeline.named(config)
         words = re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(self.cell.values())).strip("-")
@@ -143,6 +143,13 @@ class Trials:
         for runner in self._free:
             ray.kill(runner)
         self._free.clear()
+
+
+def _digest(config: Config) -> str:
+    """Of the settings that are not the schema's: a setting that is new there keeps old trials."""
+    usual = dict(leaves(Config()))
+    own = {key: str(value) for key, value in leaves(config) if value != usual[key]}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def _kept(trial: Trial, config: Config) -> Outcome | None:

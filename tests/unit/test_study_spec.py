@@ -7,8 +7,10 @@ import pytest
 from cluster.study.search import combination
 from cluster.study.search import search as find_rates
 from cluster.study.spec import STUDIES, load
-from cluster.study.trials import Outcome, Trial
+from cluster.study.trials import Outcome, Trial, _digest
 from configs.errors import ConfigError
+from configs.load import prepare
+from configs.schema import Config
 
 SMALL = """
 title: Small
@@ -123,3 +125,12 @@ def test_a_combination_without_any_working_rate_is_named(tmp_path):
     found = study(tmp_path, SMALL + "search: {rates: [0.3]}\n")
     with pytest.raises(RuntimeError, match="no learning rate works for all"):
         find_rates(found, Scored())  # type: ignore[arg-type]
+
+
+def test_a_trials_name_is_of_what_differs_from_the_schema_so_that_new_settings_keep_old_trials():
+    usual, more = prepare("bandit", []), prepare("bandit", ["eval.every=20"])
+    assert more.eval.every == Config().eval.every and _digest(usual) == _digest(more)
+    other = prepare("bandit", ["eval.every=21"])
+    assert _digest(other) != _digest(usual)
+    del usual.cluster.gpu_gib  # as before there was such a setting: the class's default stands
+    assert _digest(usual) == _digest(more)
