@@ -69,6 +69,9 @@ def theirs(folder: Path) -> float:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             times.append(time.perf_counter())
 
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return list(score([], completion_ids))
+
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     texts = [" ".join(f"w{t}" for t in row["prompt_ids"]) for row in rows]
     settings = RLOOConfig(
@@ -81,7 +84,7 @@ def theirs(folder: Path) -> float:
         model=str(folder / "model"), args=settings,
         processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer", padding_side="left"),
         train_dataset=Dataset.from_dict({"prompt": texts}), callbacks=[Clock()],
-        reward_funcs=lambda completion_ids, **_: score([], completion_ids),
+        reward_funcs=reward,
     )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train()
