@@ -1,5 +1,7 @@
 """The torch engine: batched generation with a KV cache, one keyed uniform number per token.
 
+Once half of a batch has ended, the rest goes on without it.
+
 It runs wherever torch does, and its log-probabilities are those of the very distribution that was
 sampled, so it is the reference that other engines are compared with.
 """
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from actors import policy
+from actors.decoding import start
 from actors.engine import Request
 from actors.packing import does_not_fit, fail_group, pack
 from actors.randomness import stream_key, uniforms
@@ -31,7 +34,7 @@ class TorchEngine:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = policy.build(shape, config.learner.precision).eval()
         nn.Module.to(self.model, self.device)
-        self.end_tokens = torch.tensor(policy.end_tokens(shape), device=self.device)
+        self.end_tokens = np.array(policy.end_tokens(shape), dtype=np.int64)
         self.longest_prompt = policy.context_limit(shape) - config.rollout.max_tokens
         self.vocabulary: int = shape.vocab_size
 
@@ -64,7 +67,7 @@ class TorchEngine:
             last_N = np.array(
                 [r[-1] if len(r) else -1 for r in map(block.response, range(len(lengths)))]
             )
-            block.truncated_N[:] = ~np.isin(last_N, self.end_tokens.cpu().numpy()) & (lengths > 0)
+            block.truncated_N[:] = ~np.isin(last_N, self.end_tokens) & (lengths > 0)
         return block
 
     def score(self, text_NT: np.ndarray) -> np.ndarray:
@@ -81,32 +84,31 @@ class TorchEngine:
         key = stream_key(self.config.seed, stream)
         position_N = np.repeat([r.id.position for r in requests], members)
         member_N = np.tile(np.arange(members), len(requests))
-        input_NP, mask_NP = self._left_padded([r.prompt.ids for r in requests], members)
-        place_N1 = mask_NP.sum(1, keepdim=True)
-        padded = not bool(mask_NP.all())
-        place_NP = (mask_NP.cumsum(1) - 1).clamp_min(0)
-        running_N = torch.ones(len(position_N), dtype=torch.bool, device=self.device)
-        cache, tokens, logps, runs = None, [], [], []
-        for t in range(self.config.rollout.max_tokens):
-            out = self.model(
-                input_NP, past_key_values=cache, use_cache=True, position_ids=place_NP,
-                attention_mask=mask_NP if padded else None, logits_to_keep=1,
-            )  # fmt: skip
-            cache = out.past_key_values
-            logp_NV = (out.logits[:, -1].float() / self.config.rollout.temperature).log_softmax(-1)
-            token_N = inverse_cdf(logp_NV, uniforms(key, position_N, member_N, t))
-            tokens.append(token_N)
-            logps.append(logp_NV.gather(1, token_N[:, None])[:, 0])
-            runs.append(running_N)
-            if len(self.end_tokens):
-                running_N = running_N & ~torch.isin(token_N, self.end_tokens)
-                if not bool(running_N.any()):
-                    break
-            input_NP, place_NP, place_N1 = token_N[:, None], place_N1, place_N1 + 1
-            if padded:
-                mask_NP = torch.cat([mask_NP, torch.ones_like(mask_NP[:, :1])], 1)
-        stack = [torch.stack(x, 1).cpu().numpy() for x in (tokens, logps, runs)]
-        return stack[0].astype(np.int32), stack[1].astype(np.float32), stack[2].sum(1)
+        input_RP, mask_NP = self._left_padded([r.prompt.ids for r in requests], members)
+        place_R1, place_RP = mask_NP.sum(1, keepdim=True), (mask_NP.cumsum(1) - 1).clamp_min(0)
+        longest = self.config.rollout.max_tokens
+        token_NL = np.zeros((len(position_N), longest), dtype=np.int32)
+        logp_NL = np.zeros((len(position_N), longest), dtype=np.float32)
+        length_N, row_R = np.full(len(position_N), longest), np.arange(len(position_N))
+        decoding = start(self.model, mask_NP, longest)
+        for t in range(longest):
+            logit_RV = decoding.logits(input_RP, place_RP).float()
+            logp_RV = (logit_RV / self.config.rollout.temperature).log_softmax(-1)
+            uniform_R = uniforms(key, position_N[row_R], member_N[row_R], t)
+            input_RP, place_RP = inverse_cdf(logp_RV, uniform_R)[:, None], place_R1 + t
+            token_NL[row_R, t] = input_RP[:, 0].cpu().numpy()
+            logp_NL[row_R, t] = logp_RV.gather(1, input_RP)[:, 0].cpu().numpy()
+            ended_R = row_R[np.isin(token_NL[row_R, t], self.end_tokens)]
+            length_N[ended_R] = np.minimum(length_N[ended_R], t + 1)
+            running_R = length_N[row_R] > t + 1
+            if not running_R.any():
+                break
+            if 2 * running_R.sum() <= len(row_R):  # a smaller batch is worth its copy
+                kept_R = torch.from_numpy(np.flatnonzero(running_R)).to(self.device)
+                decoding.keep(kept_R)
+                row_R, input_RP, place_RP = row_R[running_R], input_RP[kept_R], place_RP[kept_R]
+                place_R1 = place_R1[kept_R]
+        return token_NL[:, : t + 1], logp_NL[:, : t + 1], length_N
 
     def _left_padded(self, prompts: list[np.ndarray], members: int) -> tuple[Tensor, Tensor]:
         """Prompts repeated for their members, [N, P] int64, and the mask of what is no padding."""
