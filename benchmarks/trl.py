@@ -1,18 +1,16 @@
-"""Responses per second of RLOO beside TRL's, on the same tiny GPT-NeoX, prompts, lengths and cores.
+"""Responses per second of RLOO and online DPO beside TRL's, on the same tiny GPT-NeoX, prompts,
+lengths and cores.
 
-64 responses of 64 tokens a step, 8 to a prompt, one pass, Adam, a reward on token ids; both look at
-π_ref (TRL for its KL in the reward, ours for its measures). TRL 1.16 generates with transformers in
-one process. Ours goes through actor, reward service, queue and learner: in lockstep, and pipelined.
-All take turns; each is timed from its second step on. That the losses agree on equal tensors is
-tests/unit/test_trl.py's.
+64 responses of up to 64 tokens a step (RLOO 8 to a prompt, DPO 2), one pass, Adam, a reward on
+token ids; both look at π_ref. TRL 1.16 generates with transformers in one process. Ours goes
+through actor, reward service, queue and learner: in lockstep, and pipelined. All take turns; each
+is timed from its second step on. In the first, our objective's gradient is compared with TRL's, on
+TRL's own tensors.
 """
 
-import contextlib
-import io
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +18,29 @@ import torch
 from transformers import GPTNeoXConfig
 
 from actors import policy
+from benchmarks.trl_trainers import Clock, online_dpo_trainer, race, rloo_trainer
 from cluster import connection
 from cluster.train import train
 from configs.load import prepare
 
 TURNS, UPDATES = 3, 30
-RESPONSES, GROUP, TOKENS, PROMPT = 64, 8, 64, 8
+RESPONSES, TOKENS, PROMPT = 64, 64, 8
 VOCABULARY = 1024
+GROUPS = {"rloo": 8, "online_dpo": 2}  # responses to a prompt
 SHAPE = GPTNeoXConfig(
     vocab_size=VOCABULARY, hidden_size=96, intermediate_size=384, num_hidden_layers=4,
     num_attention_heads=3, max_position_embeddings=128, hidden_dropout=0.0, attention_dropout=0.0,
-    bos_token_id=None, eos_token_id=None,
+    bos_token_id=None, eos_token_id=0, pad_token_id=1,
 )  # fmt: skip
 PIPELINED = ["replay.schedule=pipelined", "replay.max_age=3"]
 
 
 def score(prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
-    """The share of different tokens in a response."""
-    return [len(set(response)) / max(1, len(response)) for response in responses]
+    """The share of different tokens, and a little of their ids so that no two are equal."""
+    return [
+        len(set(ids)) / max(1, len(ids)) + 1e-8 * sum(n * t for n, t in enumerate(ids))
+        for ids in responses
+    ]
 
 
 def _write(folder: Path) -> None:
@@ -57,46 +60,46 @@ def _write(folder: Path) -> None:
     (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def theirs(folder: Path) -> float:
-    """TRL's responses per second."""
+def theirs(folder: Path, method: str) -> Clock:
+    """TRL's turn."""
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import RLOOConfig, RLOOTrainer
-
-    times: list[float] = []
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter())
-
-    def reward(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
-        return list(score([], completion_ids))
+    from transformers import AutoTokenizer
 
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     texts = [" ".join(f"w{t}" for t in row["prompt_ids"]) for row in rows]
-    settings = RLOOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=RESPONSES, beta=0.05,
-        num_generations=GROUP, max_completion_length=TOKENS, max_steps=UPDATES, use_cpu=True,
-        learning_rate=1e-4, bf16=False, gradient_checkpointing=False, report_to="none",
-        logging_steps=10**6, save_strategy="no", disable_tqdm=True,
+    usual: dict[str, Any] = {
+        "output_dir": str(folder / "trl"), "max_steps": UPDATES, "use_cpu": True, "bf16": False,
+        "learning_rate": 1e-4, "gradient_checkpointing": False, "report_to": "none",
+        "logging_steps": 10**6, "save_strategy": "no", "disable_tqdm": True, "temperature": 1.0,
+    }  # fmt: skip
+    if method == "rloo":
+        from trl import RLOOConfig
+
+        settings: Any = RLOOConfig(
+            per_device_train_batch_size=RESPONSES, num_generations=GROUPS[method], beta=0.05,
+            max_completion_length=TOKENS, **usual,
+        )  # fmt: skip
+        trainer = rloo_trainer()
+    else:
+        from trl.experimental.online_dpo import OnlineDPOConfig
+
+        settings = OnlineDPOConfig(
+            per_device_train_batch_size=RESPONSES // 2, max_new_tokens=TOKENS, beta=[0.1], **usual
+        )
+        trainer = online_dpo_trainer()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", padding_side="left")
+    return race(
+        trainer, settings, score, model=str(folder / "model"), processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"prompt": texts}),
     )  # fmt: skip
-    trainer = RLOOTrainer(
-        model=str(folder / "model"), args=settings,
-        processing_class=AutoTokenizer.from_pretrained(folder / "tokenizer", padding_side="left"),
-        train_dataset=Dataset.from_dict({"prompt": texts}), callbacks=[Clock()],
-        reward_funcs=reward,
-    )  # fmt: skip
-    with contextlib.redirect_stdout(io.StringIO()):
-        trainer.train()
-    return RESPONSES * (len(times) - 1) / (times[-1] - times[0])
 
 
-def ours(folder: Path, more: list[str]) -> float:
+def ours(folder: Path, method: str, more: list[str]) -> float:
     """Our responses per second."""
-    config = prepare("bandit_ppo", [
+    config = prepare({"rloo": "bandit_ppo", "online_dpo": "bandit_dpo"}[method], [
         f"run.dir={folder}/runs", f"policy.path={folder}/model", "prompts.source=jsonl",
         f"prompts.path={folder}/prompts.jsonl", "prompts.count=0", f"learner.updates={UPDATES}",
-        f"rollout.responses_per_prompt={GROUP}", f"rollout.max_tokens={TOKENS}",
+        f"rollout.responses_per_prompt={GROUPS[method]}", f"rollout.max_tokens={TOKENS}",
         f"replay.samples_per_round={RESPONSES}", f"learner.minibatch={RESPONSES}",
         "replay.inner_epochs=1", "objective.advantage=leave_one_out", "learner.lr=1e-4",
         "reward.kind=function", "reward.path=benchmarks.trl:score", "eval.every=0",
@@ -117,20 +120,28 @@ def main(overrides: list[str]) -> None:
         _write(folder)
         with connection.connected(prepare("bandit", []).cluster):
             for turn in range(TURNS):
-                row = {
-                    "turn": turn,
-                    "trl": theirs(folder),
-                    "lockstep": ours(folder, overrides),
-                    "pipelined": ours(folder, [*PIPELINED, *overrides]),
-                }
-                print("  ".join(f"{key} {value:.1f}" for key, value in row.items()), flush=True)
-                rows.append(row)
-    for name in ("lockstep", "pipelined"):
-        ratios = [row[name] / row["trl"] for row in rows]
-        print(
-            f"{name}: responses/s over TRL's = {statistics.median(ratios):.2f} "
-            f"(from {min(ratios):.2f} to {max(ratios):.2f})"
-        )
+                for method in GROUPS:
+                    clock = theirs(folder, method)
+                    row: dict[str, Any] = {
+                        "method": method, "turn": turn, "gradients_apart": clock.apart,
+                        "trl": clock.rate(RESPONSES),
+                        "lockstep": ours(folder, method, overrides),
+                        "pipelined": ours(folder, method, [*PIPELINED, *overrides]),
+                    }  # fmt: skip
+                    print(_line(row), flush=True)
+                    rows.append(row)
+    for method in GROUPS:
+        for way in ("lockstep", "pipelined"):
+            ratios = [row[way] / row["trl"] for row in rows if row["method"] == method]
+            print(
+                f"{method}, {way}: responses/s over TRL's = {statistics.median(ratios):.2f} "
+                f"(from {min(ratios):.2f} to {max(ratios):.2f})"
+            )
     target = Path("runs/bench")
     target.mkdir(parents=True, exist_ok=True)
     (target / "trl.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def _line(row: dict[str, Any]) -> str:
+    rates = "  ".join(f"{name} {row[name]:.1f}" for name in ("trl", "lockstep", "pipelined"))
+    return f"{row['method']} {row['turn']}: {rates}  gradients apart {row['gradients_apart']:.1e}"

@@ -80,7 +80,7 @@ METRICS = (
     Metric("masked_fraction", "fraction", "sequences beyond objective.mask_ratio; where it is set",
            Form.POOLED),
     Metric("implicit_reward_preferred", "nats",
-           "log π_θ/π_ref of pairs' winners; pairwise objectives", Form.POOLED),
+           "log π_θ/π_ref of pairs' winners; not PPO, REINFORCE", Form.POOLED),
     Metric("implicit_reward_dispreferred", "nats", "the same of their losers", Form.POOLED),
     Metric("value_loss", "reward²", "½(V − return)², clipped, of the value head; advantage=gae",
            Form.POOLED),

@@ -42,6 +42,12 @@ class Traits:
         """Whether the loss couples two responses, so that a micro-batch must hold whole groups."""
         return self.per == "pair" or self.per == "group"
 
+    @property
+    def prefers(self) -> bool:
+        """Whether it is a contrastive or a likelihood loss, and no policy gradient: then implicit
+        rewards of a group's better and worse members are measured (Figures 9, 17, 18)."""
+        return not self.loss.startswith(_PG)
+
 
 _ON = (ON_POLICY,)
 _OFF = (OFFLINE,)

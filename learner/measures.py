@@ -12,7 +12,7 @@ from configs.objectives import TABLE
 from configs.schema import ObjectiveConfig
 from learner import divergence
 from learner.cells import Cells
-from learner.objectives.base import LossInputs, masked, pair_masks
+from learner.objectives.base import LossInputs, masked
 from learner.objectives.terms import values_of
 
 
@@ -45,7 +45,7 @@ def measure(
         columns["sampled_kl_from_generator"] = sampled_NL.sum(-1)
         columns.update(_of_ratio(inputs, log_ratio_NL, tokens))
         columns.update(_of_objective(inputs, objective))
-    if TABLE[objective.name].per == "pair":
+    if TABLE[objective.name].prefers and inputs.reference_logp_NL is not None:
         columns.update(_of_pairs(inputs))
     if inputs.value_NL is not None:
         columns.update(_of_values(inputs, objective))
@@ -105,9 +105,8 @@ def _of_objective(inputs: LossInputs, objective: ObjectiveConfig) -> dict[str, T
 def _of_pairs(inputs: LossInputs) -> dict[str, Tensor]:
     """log π_θ/π_ref of each rollout as the winner and as the loser of its pairs, and how many
     pairs those are, [N]: the implicit reward over β (Rafailov et al., arXiv 2305.18290)."""
-    pair_GCC = pair_masks(inputs.column("score_N"), inputs.valid_N, inputs.members).double()
     margin_N = inputs.log_ratio_NL("reference_logp_NL").double().sum(-1)
-    won_N, lost_N = pair_GCC.sum(2).flatten(), pair_GCC.sum(1).flatten()
+    won_N, lost_N = inputs.column("wins_N").double(), inputs.column("losses_N").double()
     return {
         "won": won_N, "won_log_ratio": won_N * margin_N,
         "lost": lost_N, "lost_log_ratio": lost_N * margin_N,

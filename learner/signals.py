@@ -30,6 +30,8 @@ class Signals:
     best_N: Tensor  # bool, the valid member with the highest score, the first of equals
     good_N: Tensor  # bool, valid and labelled good
     selected_N: Tensor  # bool, valid and at or over ReST's quantile of the round
+    wins_N: Tensor  # how many valid members of its group have a lower score
+    losses_N: Tensor  # how many have a higher one
 
     def count(self, per: str) -> int:
         """How many terms the loss has, by `Traits.per`; 0 if, say, no pair differs in score.
@@ -38,7 +40,7 @@ class Signals:
         `good`; KeyError for anything else.
         """
         if per == "pair":
-            return int(pair_masks(self.score_N, self.valid_N, self.members).sum())
+            return int(self.wins_N.sum())
         column = {"rollout": "valid", "group": "best", "selected": "selected", "good": "good"}[per]
         return int(getattr(self, f"{column}_N").sum())
 
@@ -97,6 +99,7 @@ def signals(
     round_rewards = np.asarray(round_rewards, dtype=np.float64)
     round_rewards = round_rewards[~np.isnan(round_rewards)]
     score_M = _score(reward_M, label_M, valid_M, members)
+    over_GCC = pair_masks(torch.from_numpy(score_M), torch.from_numpy(valid_M), members).numpy()
     columns = {
         "valid_N": valid_M,
         "reward_N": reward_M,
@@ -106,6 +109,8 @@ def signals(
         "best_N": _best(score_M, members),
         "good_N": valid_M & (label_M == 1),
         "selected_N": _selected(reward_M, round_rewards, objective, progress),
+        "wins_N": over_GCC.sum(2).ravel(),
+        "losses_N": over_GCC.sum(1).ravel(),
     }
     return Signals(members, **{name: _tensor(column) for name, column in columns.items()})
 

@@ -39,6 +39,8 @@ class LossInputs:
     good_N: Tensor | None = None  # bool, labelled good
     selected_N: Tensor | None = None  # bool, over ReST's quantile of the round
     score_N: Tensor | None = None  # what pairs are ranked by: the reward, else the label
+    wins_N: Tensor | None = None  # pairs of its group in which it is the winner
+    losses_N: Tensor | None = None  # and the loser
 
     @property
     def sequence_logp_N(self) -> Tensor:
