@@ -134,34 +134,66 @@ def _advise(arguments: argparse.Namespace) -> int:
     return advise.main(arguments.source, arguments.settings)
 
 
+Command = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser("python -m cluster", description=__doc__)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], help_: str):  # type: ignore[no-untyped-def]
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], help_: str
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help_, description=help_)
         sub.set_defaults(command=run)
         return sub
 
+    _commands_on_presets(command)
+    _commands_on_runs(command)
+    _commands_on_methods(command)
+    return top
+
+
+def _preset(
+    sub: argparse.ArgumentParser, help_: str = "a YAML file, or a name in configs/"
+) -> None:
+    """A preset, then overrides."""
+    sub.add_argument("preset", metavar="PRESET", help=help_)
+    _settings(sub)
+
+
+def _settings(sub: argparse.ArgumentParser, help_: str = "override a setting") -> None:
+    sub.add_argument("settings", nargs="*", metavar="key=value", help=help_)
+
+
+def _commands_on_presets(command: Command) -> None:
+    """What runs, checks or prepares a preset."""
     sub = command("train", _train, "run a preset")
-    sub.add_argument("preset", metavar="PRESET", help="a YAML file, or a name in configs/")
-    sub.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
+    _preset(sub)
     sub.add_argument("--dry-run", action="store_true", help="only settings, and memory per GPU")
     stages = {"sft": "a policy on responses", "reward-model": "a reward model on preferences"}
     for name, what in stages.items():
         sub = command(name, _stage, f"train {what}, as a preset has it")
         sub.set_defaults(kind=name.replace("-", "_"))
-        sub.add_argument("preset", metavar="PRESET", help="a YAML file, or a name in configs/")
-        sub.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
-    sub = command("report", _report, "write report.html of a run")
-    sub.add_argument("run", metavar="RUN_DIR")
+        _preset(sub)
+    sub = command("pipeline", _pipeline, "run a preset's stages in order, then train and evaluate")
+    _preset(sub, "one that names its stages, as length_min")
+    _preset(command("label", _label, "preference pairs from a data set's or a policy's responses"))
     sub = command("submit", _submit, "train, as a job on a Ray cluster")
-    sub.add_argument("preset", metavar="PRESET", help="a YAML file, or a name in configs/")
-    sub.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
+    _preset(sub)
     sub.add_argument("--address", default="", metavar="URL", help="of Ray's dashboard")
     sub.add_argument("--install", action="store_true", help="pinned packages on the nodes, too")
     sub.add_argument("--no-wait", action="store_true", help="do not follow the run's output")
+    sub = command("doctor", _doctor, "check that this machine can run a preset")
+    sub.add_argument("preset", metavar="PRESET", nargs="?", default="bandit")
+    _settings(sub)
+
+
+def _commands_on_runs(command: Command) -> None:
+    """What looks at runs that there are, or changes them."""
+    sub = command("report", _report, "write report.html of a run")
+    sub.add_argument("run", metavar="RUN_DIR")
     sub = command("scale", _scale, "more or fewer rollout actors for a run that goes on")
     sub.add_argument("run", metavar="RUN_DIR")
     sub.add_argument("--actors", type=int, required=True, metavar="N")
@@ -171,14 +203,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--port", type=int, default=0, help="0: any free one, which is printed")
     sub.add_argument("--host", default="127.0.0.1", help="beyond loopback it needs a token")
     sub.add_argument("--token", default="", help="better in ONPOLICY_DASHBOARD_TOKEN: ps shows it")
-    sub = command("pipeline", _pipeline, "run a preset's stages in order, then train and evaluate")
-    sub.add_argument("preset", metavar="PRESET", help="one that names its stages, as length_min")
-    sub.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
-    sub = command(
-        "evaluate", _evaluate, "the policy of a run beside π_ref: reward, length, KL, wins"
-    )
+    what = "the policy of a run beside π_ref: reward, length, KL, wins"
+    sub = command("evaluate", _evaluate, what)
     sub.add_argument("run", metavar="RUN_DIR")
-    sub.add_argument("settings", nargs="*", metavar="key=value", help="samples=1000, any")
+    _settings(sub, "samples=1000, any")
+
+
+def _commands_on_methods(command: Command) -> None:
+    """What compares methods, or recommends some."""
     sub = command("study", _study, "a figure of the paper, its claims decided")
     sub.add_argument("name", metavar="NAME", help="a name in configs/studies/, theory, or a file")
     sub.add_argument("--quick", action="store_true", help="minutes: fewer seeds, cells and updates")
@@ -189,19 +221,10 @@ def parser() -> argparse.ArgumentParser:
     sub = command("bench", _bench, "measure ours beside a named baseline, in one run")
     names = ["kills", "learner", "methods", "overhead", "soak", "trl", "weights"]
     sub.add_argument("name", choices=names)
-    sub.add_argument("settings", nargs="*", metavar="key=value")
-    sub = command("label", _label, "preference pairs from a data set's or a policy's responses")
-    sub.add_argument("preset", metavar="PRESET", help="a YAML file, or a name in configs/")
-    sub.add_argument("settings", nargs="*", metavar="key=value", help="override a setting")
+    _settings(sub, "a setting of the bench")
     sub = command("advise", _advise, "say which methods the paper recommends for a problem")
     sub.add_argument("source", metavar="PRESET|DATASET", help="a preset, or a .jsonl or .parquet")
-    sub.add_argument(
-        "settings", nargs="*", metavar="key=value", help="samples=2000, lower=, upper=, any"
-    )
-    sub = command("doctor", _doctor, "check that this machine can run a preset")
-    sub.add_argument("preset", metavar="PRESET", nargs="?", default="bandit")
-    sub.add_argument("settings", nargs="*", metavar="key=value")
-    return top
+    _settings(sub, "samples=2000, lower=, upper=, any")
 
 
 def main(arguments: list[str] | None = None) -> int:
