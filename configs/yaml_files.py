@@ -1,5 +1,7 @@
 """YAML files of settings, read with limits: presets and studies."""
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,19 @@ DEEPEST, MOST_NODES, MOST_CHARACTERS = 50, 2_000, 1_000_000  # ours have 5, 300,
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
     """A file's mapping as plain values. ConfigError names a file that has none as `what`."""
     try:
-        text = path.read_text(encoding="utf-8")
-        _refuse_bombs(text)
-        parsed = OmegaConf.to_container(OmegaConf.create(text))
+        parsed = copy.deepcopy(_parsed(path.read_text(encoding="utf-8")))
     except Exception as error:  # YAML's tags raise whatever they like: `!!timestamp x`
         problem = f"cannot be read: {one_line(str(error))}"
         raise ConfigError(what, path, problem, "correct the file") from error
     if not isinstance(parsed, dict):
         raise ConfigError(what, path, "is not a mapping of settings", "write `section:` lines")
     return {str(key): value for key, value in parsed.items()}
+
+
+@functools.lru_cache(maxsize=100)  # a preset's bases are those of others, too
+def _parsed(text: str) -> Any:
+    _refuse_bombs(text)
+    return OmegaConf.to_container(OmegaConf.create(text))
 
 
 def _refuse_bombs(text: str) -> None:
