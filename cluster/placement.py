@@ -186,8 +186,18 @@ class Placement:
 
     def there(self, key: str) -> bool:
         """Whether the part has its room: it may be waiting for it, or its node may be lost."""
-        group = self._group(key)
-        return group is None or placement_group_table(group)["state"] == "CREATED"
+        return self._group(key) is None or self._state(key) == "CREATED"
+
+    def _state(self, key: str) -> str:
+        """Of a part's group, as Ray has it. One that lost a node is asked for anew, and whoever is
+        still in it ends: Ray would try to place it again without a pause, which keeps a core of
+        the head busy (ray-project/ray#65007)."""
+        state = str(placement_group_table(self._group(key))["state"])
+        if state == "RESCHEDULING":
+            need = self._needs[key := self._key(key)]
+            self.leave(key)
+            self._ask(key, need)
+        return state
 
     def missing(self, key: str) -> str:
         """What keeps a part from having room, in one line."""
@@ -195,11 +205,12 @@ class Placement:
 
     def options(self, key: str, bundle: int = 0) -> dict[str, Any]:
         """Options of the Ray actor that takes the room."""
-        if (group := self._group(key)) is None:
+        if self._group(key) is None:
             return {}
+        self._state(key)
         if self.config.cluster.colocated:
             bundle = 0
-        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, bundle)}
+        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group(key), bundle)}
 
     def _group(self, key: str) -> Any:
         return self._groups.get(self._key(key))

@@ -1,5 +1,6 @@
 """What each part reserves, and what is said where a cluster has no room for it."""
 
+from cluster import placement
 from cluster.placement import Need, Node, actor, lacking, needs, scorer_options
 from configs.choices import Spread
 from tests.harness import settings
@@ -67,3 +68,30 @@ def test_a_large_cluster_is_not_listed_whole():
 
 def test_no_node_at_all_is_said_too():
     assert lacking(Need("rollout actor 0", {"GPU": 1.0}), []).startswith("no room for rollout")
+
+
+def test_a_group_that_lost_its_node_is_asked_for_anew_once(monkeypatch):
+    """Ray would try to place it without a pause, a core of the head busy with it."""
+    asked, left, state = [], [], {}
+
+    def ask(bundles, strategy, bundle_label_selector):
+        assert (bundles, bundle_label_selector) == ([{"CPU": 1.0}], [{"role": "rollout"}])
+        asked.append(f"group {len(asked)}")
+        state[asked[-1]] = "PENDING"
+        return asked[-1]
+
+    monkeypatch.setattr(placement, "placement_group", ask)
+    monkeypatch.setattr(placement, "remove_placement_group", left.append)
+    monkeypatch.setattr(placement, "placement_group_table", lambda group: {"state": state[group]})
+    own = ["cluster.actor_cpus=1", "cluster.nodes.actors=role=rollout"]
+    room = placement.Placement(settings("bandit", *own), print)
+    room.add(0)
+    assert not room.there(actor(0)) and asked == ["group 0"]
+    state["group 0"] = "CREATED"
+    assert room.there(actor(0)) and not left
+    state["group 0"] = "RESCHEDULING"
+    assert not room.there(actor(0)) and not room.there(actor(0))
+    assert asked == ["group 0", "group 1"] and left == ["group 0"]
+    state["group 1"] = "RESCHEDULING"  # lost as well, before anyone looked
+    options = room.options(actor(0))
+    assert asked[-1] == options["scheduling_strategy"].placement_group == "group 2"
