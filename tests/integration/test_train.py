@@ -16,15 +16,18 @@ import ray
 from actors.preferences import from_rollouts, write_parquet
 from cluster.__main__ import main
 from cluster.checkpoints import Checkpoints
+from cluster.crew import Crew
 from cluster.train import train
 from configs.load import prepare
 from tests.harness import Local, settings
 
 
-def run(folder: Path, preset: str, *overrides: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A run's summary and metrics lines."""
+def run(
+    folder: Path, preset: str, *overrides: str, crew: Crew | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A run's summary and metrics lines. crew: where it need not be of processes of its own."""
     config = prepare(preset, [f"run.dir={folder}", "eval.every=0", "eval.samples=20", *overrides])
-    summary = train(config, preset)
+    summary = train(config, preset, crew)
     assert summary["status"] == "finished", summary["failure"]
     lines = (folder / summary["name"] / "metrics.jsonl").read_text().splitlines()
     return summary, [json.loads(line) for line in lines]
@@ -73,10 +76,10 @@ def test_the_bandit_learns_and_writes_what_a_run_writes(ray_cluster, tmp_path):
     assert (directory / "checkpoints/step-60/hf/model.safetensors").exists()
 
 
-def test_lockstep_rounds_of_four_minibatches_twice_have_ages_0_to_7(ray_cluster, tmp_path):
+def test_lockstep_rounds_of_four_minibatches_twice_have_ages_0_to_7(crew, tmp_path):
     summary, _ = run(
         tmp_path, "bandit_best_of_n", "replay.samples_per_round=400", "learner.minibatch=100",
-        "replay.inner_epochs=2", "learner.updates=16", "rollout.actors=2",
+        "replay.inner_epochs=2", "learner.updates=16", "rollout.actors=2", crew=crew,
     )  # fmt: skip
     assert summary["age"]["histogram"] == {str(age): 200 for age in range(8)}
     assert summary["reuse"]["histogram"] == {"1": 800, "2": 800}
@@ -85,10 +88,10 @@ def test_lockstep_rounds_of_four_minibatches_twice_have_ages_0_to_7(ray_cluster,
 
 
 @pytest.mark.parametrize("max_age", [4])  # 0, 1 and 16 too: test_queue.py, and docs/runs.md
-def test_pipelined_no_sample_over_the_budget_reaches_a_gradient(ray_cluster, tmp_path, max_age):
+def test_pipelined_no_sample_over_the_budget_reaches_a_gradient(crew, tmp_path, max_age):
     summary, lines = run(
         tmp_path, "bandit_pipelined", f"replay.max_age={max_age}", "rollout.actors=2",
-        "learner.updates=30",
+        "learner.updates=30", crew=crew,
     )  # fmt: skip
     assert max(line["age"]["max"] for line in lines) == summary["age"]["max"] <= max_age
     assert summary["ledger"]["retired"]["expired"] == 0 and balanced(summary["ledger"])
@@ -98,18 +101,19 @@ def test_pipelined_no_sample_over_the_budget_reaches_a_gradient(ray_cluster, tmp
     assert summary["engine_mismatch_alarms"] == 0
 
 
-def test_lag_sets_the_age_at_first_use(ray_cluster, tmp_path):
+def test_lag_sets_the_age_at_first_use(crew, tmp_path):
     _, lines = run(
-        tmp_path, "bandit_best_of_n", "replay.lag=3", "replay.inner_epochs=1", "learner.updates=12"
-    )
+        tmp_path, "bandit_best_of_n", "replay.lag=3", "replay.inner_epochs=1",
+        "learner.updates=12", crew=crew,
+    )  # fmt: skip
     ages = [line["age"]["histogram"] for line in lines]
     assert ages == [{str(min(step, 3)): 100} for step in range(12)]
 
 
-def test_runs_with_equal_seeds_are_bit_equal_whatever_the_number_of_actors(ray_cluster, tmp_path):
+def test_runs_with_equal_seeds_are_bit_equal_whatever_the_number_of_actors(crew, tmp_path):
     overrides = ["learner.updates=20", "rollout.lease=5"]
-    one = run(tmp_path, "bandit_ppo", *overrides)[1]
-    two = run(tmp_path, "bandit_ppo", "rollout.actors=2", *overrides)[1]
+    one = run(tmp_path, "bandit_ppo", *overrides, crew=crew)[1]
+    two = run(tmp_path, "bandit_ppo", "rollout.actors=2", *overrides, crew=crew)[1]
     for name in ("loss", "reward_mean", "kl_to_generator", "kl_to_reference"):
         assert [line[name] for line in one] == [line[name] for line in two]
 
@@ -124,20 +128,20 @@ def recorded(tmp_path_factory) -> str:
     return path
 
 
-def test_two_ranks_and_one_give_the_same_losses_on_recorded_batches(
-    ray_cluster, tmp_path, recorded
-):
+def test_two_ranks_and_one_give_the_same_losses_on_recorded_batches(crew, tmp_path, recorded):
     overrides = [f"data.path={recorded}", "learner.updates=10"]
-    one = run(tmp_path, "offline_ipo", *overrides)[1]
+    one = run(tmp_path, "offline_ipo", *overrides, crew=crew)[1]
     assert one[-1]["loss"] < one[0]["loss"]
     for zero_stage in (0, 2):
         ranks = ["learner.ranks=2", f"learner.zero_stage={zero_stage}"]
-        two = run(tmp_path, "offline_ipo", *ranks, *overrides)[1]
+        two = run(tmp_path, "offline_ipo", *ranks, *overrides, crew=crew)[1]
         assert np.allclose([x["loss"] for x in one], [x["loss"] for x in two], rtol=2e-4)
 
 
-def test_offline_data_sampled_from_the_reference_goes_through_the_same_queue(ray_cluster, tmp_path):
-    summary, lines = run(tmp_path, "offline_binary_feedme", "data.prompts=20", "learner.updates=20")
+def test_offline_data_sampled_from_the_reference_goes_through_the_same_queue(crew, tmp_path):
+    summary, lines = run(
+        tmp_path, "offline_binary_feedme", "data.prompts=20", "learner.updates=20", crew=crew
+    )
     assert summary["age"]["histogram"] == {} and "age" not in lines[0]
     assert summary["reuse"]["max"] == 10 and balanced(summary["ledger"])
     assert (tmp_path / summary["name"] / "offline.parquet").exists()
@@ -217,13 +221,11 @@ def test_a_finished_name_is_refused_and_an_unfinished_one_is_taken_again(tmp_pat
     ]  # fmt: skip
 
 
-def test_actors_and_evaluator_that_get_an_adapter_alone_have_the_learners_weights(
-    ray_cluster, tmp_path
-):
+def test_actors_and_evaluator_that_get_an_adapter_alone_have_the_learners_weights(crew, tmp_path):
     summary, lines = run(
         tmp_path, "bandit_ppo", "learner.lora.rank=8", "learner.lr=1e-2", "learner.updates=40",
         "rollout.adapter_only=true", "replay.schedule=pipelined", "replay.inner_epochs=4",
-        "eval.every=20",
+        "eval.every=20", crew=crew,
     )  # fmt: skip
     assert summary["reward_eval"] > 0.15 > 2 * summary["reward_initial"]
     probed = [nats for line in lines if (nats := line.get("engine_mismatch_probe")) is not None]

@@ -82,11 +82,11 @@ class Scaler(threading.Thread):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster, tmp_path_factory) -> list[tuple[float, float]]:
+def undisturbed(crew, tmp_path_factory) -> list[tuple[float, float]]:
     """The curve of a run with one actor that is left alone."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = prepare("bandit_ppo", [f"run.dir={folder}", "run.name=alone", *COMMON])
-    assert train(config, "bandit_ppo")["status"] == "finished"
+    assert train(config, "bandit_ppo", crew)["status"] == "finished"
     return losses(folder / "alone")
 
 
