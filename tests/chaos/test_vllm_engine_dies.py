@@ -10,7 +10,7 @@ import pytest
 
 from tests.processes import kill_the_vllm_engine
 
-UPDATES = 200
+UPDATES = 100
 ROOT = Path(__file__).parents[2]
 
 

@@ -64,13 +64,13 @@ def test_in_lockstep_the_first_version_goes_by_host_and_every_other_by_push(tmp_
 
 
 def test_a_killed_actor_comes_back_by_host_and_the_group_is_built_anew(tmp_path):
-    run = start(tmp_path, "replay.inner_epochs=1", "learner.updates=100")
+    run = start(tmp_path, "replay.inner_epochs=1", "learner.updates=30")
     log_file = tmp_path / "log"
     kill_the_vllm_engine(run, lambda: log_file.exists() and "push 10" in log_file.read_text())
     out, log = summary(run, tmp_path)
-    assert out["updates"] == 100
+    assert out["updates"] == 30
     hosts = [place for place, line in enumerate(log) if line.startswith("host")]
     epochs = [place for place, line in enumerate(log) if line.startswith("epoch")]
     assert len(hosts) >= 2 and log[hosts[0]] == "host 0"
     assert len(epochs) >= 2 and epochs[-1] > hosts[-1], "the newcomer is in an epoch of its own"
-    assert log[-1] == "push 100"
+    assert log[-1] == "push 30"
