@@ -8,8 +8,8 @@ import sys
 
 from ray.cluster_utils import Cluster
 
-LOST_SOON = {  # a node is taken for lost after ten seconds
-    "health_check_period_ms": 1000,
+LOST_SOON = {  # a node that is gone is taken for lost after five seconds, a slow one after minutes
+    "health_check_period_ms": 500,
     "health_check_timeout_ms": 10_000,
     "health_check_failure_threshold": 10,
 }

@@ -31,6 +31,7 @@ WHERE = {
     "LearnerWorker": ["learner"], "Evaluator": ["learner"], "Scorer": ["learner"],
     "RolloutWorker": ["one", "two"],
 }  # fmt: skip
+UPDATES = 250  # so many take longer than Ray does to miss a node, on any machine
 QUEUE = "QueueService"  # where the driver is: of raylets on one machine it takes any
 
 
@@ -108,12 +109,11 @@ def test_what_the_cluster_has_no_room_for_is_said_and_ends_the_run(nodes, tmp_pa
     assert "limits.placement_seconds=2" in failure and "\n" not in failure
 
 
-@pytest.mark.long  # four raylets beside a run want more than two cores
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 def test_parts_land_where_settings_say_and_a_lost_node_costs_one_actor_and_nothing_else(
     nodes, tmp_path
 ):
-    run = nodes.train(tmp_path, "rollout.actors=2", "learner.updates=400", "rollout.lease=2")
+    run = nodes.train(tmp_path, "rollout.actors=2", f"learner.updates={UPDATES}", "rollout.lease=2")
     wait_for_updates(run, tmp_path / "placed" / "metrics.jsonl", 20)
     where = nodes.where()
     (drivers,) = where.pop(QUEUE)
@@ -125,9 +125,9 @@ def test_parts_land_where_settings_say_and_a_lost_node_costs_one_actor_and_nothi
     assert "the run goes on without rollout actor" in output
     assert "(CPU 1, role=rollout)" in output
     out = summary(tmp_path)
-    assert out["status"] == "finished" and out["updates"] == 400
+    assert out["status"] == "finished" and out["updates"] == UPDATES
     ledger = out["ledger"]
-    assert ledger["issued"] == ledger["retired"]["exhausted"] == 4000
+    assert ledger["issued"] == ledger["retired"]["exhausted"] == 10 * UPDATES
     restarts = out["recovery"]["restarts"]
     assert restarts["learner"] == restarts["evaluator"] == 0, output
     assert restarts["actors"] in (1, 2), output  # again, where Ray knows the node is gone only then
