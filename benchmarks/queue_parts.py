@@ -1,0 +1,161 @@
+"""The Ray actors of `benchmarks.queue`: our queue, a plain list, producers and the consumer."""
+
+import gc
+import time
+from collections import Counter, deque
+from typing import Any
+
+import psutil
+import ray
+
+from actors.rollout import Rollouts, Version
+from benchmarks.queue_payload import as_leased, block_of
+from learner.replay.clients import ActorQueue, LearnerQueue
+from learner.replay.service import QueueService
+from learner.replay.settings import Settings
+
+WAIT_SECONDS = 120.0
+TIMED = ("lease", "put", "get", "commit")  # of ReplayQueue
+
+
+class Measured:
+    """What both stores tell of their process."""
+
+    def process(self) -> dict[str, float]:
+        """CPU seconds of all threads so far, and bytes of memory that are its own."""
+        gc.collect()
+        return {"cpu": time.process_time(), "bytes": psutil.Process().memory_full_info().uss}
+
+
+class BenchQueue(QueueService, Measured):
+    """The queue's service as it is, that can be emptied, filled and looked at."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.spent: Counter[str] = Counter()
+
+    async def begin(self, rollouts: int, tokens: int) -> None:
+        """An empty queue with so many rollouts put into it, by leases as they are issued."""
+        self.queue = self._new()
+        self.queue.lineages.kept = None
+        self.queue.publish(Version(0, 0), ["weights"])
+        while self.queue.ledger.queued < rollouts:
+            lease = self.queue.lease(0)
+            assert lease is not None
+            fresh = block_of(len(lease.groups), tokens, lease.id)
+            self.queue.put(lease, as_leased(fresh, lease.groups))
+        self.spent.clear()
+        for name in TIMED:
+            setattr(self.queue, name, self._timed(name))
+
+    def _timed(self, name: str) -> Any:
+        plain = getattr(self.queue, name)
+
+        def timed(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return plain(*arguments)
+            finally:
+                self.spent[name] += time.perf_counter() - started
+
+        return timed
+
+    async def books(self) -> dict[str, Any]:
+        """Counts of the ledger, ages and reuses seen, and seconds within the queue by method."""
+        ledger = self.queue.ledger
+        return {
+            **ledger.counts(), "ages": len(ledger.age), "reuses": len(ledger.reuse),
+            "committed": self.queue.committed, "spent": dict(self.spent),
+        }  # fmt: skip
+
+
+class PlainList(Measured):
+    """A list of blocks: it tags and accounts nothing. It is read in turns."""
+
+    def begin(self, blocks: int, groups: int, tokens: int) -> None:
+        """Empty but for so many blocks of so many groups."""
+        self.next = 0
+        self.blocks = [block_of(groups, tokens, seed) for seed in range(blocks)]
+
+    def put(self, block: Rollouts) -> None:
+        self.blocks.append(block)
+
+    def get(self, blocks: int) -> list[Rollouts]:
+        start = self.next if self.next + blocks <= len(self.blocks) else 0
+        self.next = start + blocks
+        return self.blocks[start : start + blocks]
+
+
+class Producer:
+    """Puts leases of one payload, as fast as it can, with one put on the way.
+
+    Times are those of the clock that all processes of a machine share.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def load(self, groups: int, tokens: int) -> None:
+        """What it is to put."""
+        self.block = block_of(groups, tokens, self.index)
+
+    def ours(self, queue: Any, start: float, seconds: float) -> tuple[int, float]:
+        """Rollouts put from `start` on, and when the last was in."""
+        client = ActorQueue(queue, WAIT_SECONDS)
+        done = _wait(start)
+        lease = client.lease(self.index)
+        while lease is not None and time.monotonic() - start < seconds:
+            client.put(lease, as_leased(self.block, lease.groups))
+            done += len(lease.groups) * self.block.members
+            lease = client.lease(self.index)  # raises where the put failed
+        return done, time.monotonic()
+
+    def plain(self, store: Any, start: float, seconds: float) -> tuple[int, float]:
+        """The same, into a plain list."""
+        ids = self.block.ids()
+        done, before = _wait(start), None
+        while time.monotonic() - start < seconds:
+            after = store.put.remote(as_leased(self.block, ids))
+            if before is not None:
+                ray.get(before, timeout=WAIT_SECONDS)
+            done, before = done + len(self.block.reward_N), after
+        ray.get(before, timeout=WAIT_SECONDS)
+        return done, time.monotonic()
+
+
+class Consumer:
+    """Takes minibatches as a learner's rank does: one is fetched ahead of the one in hand."""
+
+    def ours(self, queue: Any, samples: int, first: int) -> float:
+        """Rollouts per second. first: number of the first batch."""
+        client, number = LearnerQueue(queue, 0, WAIT_SECONDS, deque(maxlen=2)), first
+        done, started = 0, time.perf_counter()
+        while done < samples:
+            batch = client.get(0, number)
+            assert batch is not None and batch.block is not None
+            done += len(batch.block.reward_N)
+            client.commit(batch, True, {})
+            number += 1
+        client.settle()
+        seconds = time.perf_counter() - started
+        for call in client._ahead.values():
+            ray.get(call)
+        return done / seconds
+
+    def plain(self, store: Any, samples: int, blocks: int) -> float:
+        """The same from a plain list, which it gets as blocks and does not join."""
+        done, started = 0, time.perf_counter()
+        ahead = store.get.remote(blocks)
+        while done < samples:
+            found = ray.get(ahead, timeout=WAIT_SECONDS)
+            ahead = store.get.remote(blocks)
+            done += sum(len(block.reward_N) for block in found)
+        seconds = time.perf_counter() - started
+        ray.get(ahead)
+        return done / seconds
+
+
+def _wait(start: float) -> int:
+    time.sleep(max(0.0, start - time.monotonic()))
+    return 0
+
