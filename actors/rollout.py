@@ -7,7 +7,8 @@ G groups, C members each, N = G·C rollouts, K response tokens in all, P prompt 
 """
 
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple
+from pickle import PickleBuffer
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,7 +69,8 @@ class Rollouts:
 
     @property
     def length_N(self) -> np.ndarray:
-        return np.diff(self.offset_N1)
+        lengths: np.ndarray = self.offset_N1[1:] - self.offset_N1[:-1]  # np.diff, but faster
+        return lengths
 
     @property
     def nbytes(self) -> int:
@@ -90,10 +92,13 @@ class Rollouts:
 
     def oldest_step_N(self) -> np.ndarray:
         """Step of each rollout's oldest token, [N] int64; OFFLINE_STEP where there is none."""
-        oldest = np.full(len(self.reward_N), np.iinfo(np.int64).max)
-        owner = np.repeat(np.arange(len(oldest)), self.length_N)
-        np.minimum.at(oldest, owner, self.step_K)
-        return np.where(self.length_N > 0, oldest, OFFLINE_STEP)
+        length_N = self.length_N
+        oldest_N = np.full(len(length_N), OFFLINE_STEP, dtype=np.int64)
+        some_N = length_N > 0  # the others take no tokens, and so are no gap between these
+        if some_N.any():
+            starts = self.offset_N1[:-1][some_N]
+            oldest_N[some_N] = np.minimum.reduceat(self.step_K, starts)
+        return oldest_N
 
     def scored(self, rollouts: np.ndarray, reward: np.ndarray, identity: str) -> None:
         """Enter the rewards of these rollouts, all from the scorer with this identity."""
@@ -113,6 +118,18 @@ class Rollouts:
         self.scorer_N[rollout] = self.scorers.index(UNSCORED)
         self.failures[rollout] = why
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Between processes a small block goes as one buffer, for each costs more than its bytes.
+
+        A large one goes column by column, which copies nothing.
+        """
+        if protocol < 5 or self.nbytes > _ONE_BUFFER:
+            return super().__reduce_ex__(protocol)
+        rest = dict(vars(self))
+        arrays = [np.ascontiguousarray(rest.pop(name)) for name in _ARRAYS]
+        form = tuple((array.dtype.str, len(array)) for array in arrays)
+        return _unpacked, (form, PickleBuffer(b"".join([a.data for a in arrays])), rest)
+
     def select(self, start: int, stop: int) -> "Rollouts":
         """Groups start … stop − 1 as a block of views."""
         n0, n1 = start * self.members, stop * self.members
@@ -131,6 +148,25 @@ class Rollouts:
             derived=derived,
             **columns,
         )
+
+
+_ONE_BUFFER = 2**18  # bytes of a block up to which it is copied into one
+_ARRAYS = (  # the widest items first, so that each is aligned in the one buffer
+    "position_G", "row_G", "prompt_offset_G1", "offset_N1",
+    "incarnation_G", "prompt_P", "token_K", "logp_K", "step_K", "reward_N",
+    "lineage_K", "status_N", "truncated_N", "label_N", "scorer_N",
+)  # fmt: skip
+
+
+def _unpacked(
+    form: tuple[tuple[str, int], ...], buffer: Any, rest: dict[str, Any]
+) -> Rollouts:  # fmt: skip
+    """A block again, of views of the one buffer that `__reduce_ex__` made."""
+    start = 0
+    for name, (dtype, count) in zip(_ARRAYS, form):
+        rest[name] = column = np.ndarray((count,), dtype, buffer, start)
+        start += column.nbytes
+    return Rollouts(**rest)
 
 
 _COLUMNS = [f.name for f in fields(Rollouts) if f.name[-2:] in {"_G", "_N", "_K", "_P"}]

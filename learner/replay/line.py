@@ -9,6 +9,8 @@ import time
 from collections import Counter, deque
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from actors.actor import Lease
 from actors.rollout import OFFLINE_STEP, STATUS_NAMES, VALID, GroupId, Rollouts, Version
 from learner.replay.ledger import Ledger
@@ -139,31 +141,35 @@ class Line:
         """
         self.leases.pop(lease.id, None)
         undone = []
+        oldest_N = block.oldest_step_N()
         for place, group in enumerate(block.ids()):
             self.attempts.pop(group, None)
             if group in self.groups and self.groups[group] is None:
-                self._enter(group, block, place)
+                self._enter(group, block, place, oldest_N)
                 if self._is_undone(group, committed, step):
                     undone.append(group)
         self.come_again(undone)
 
-    def _enter(self, group: GroupId, block: Rollouts, place: int) -> None:
+    def _enter(
+        self, group: GroupId, block: Rollouts, place: int, oldest_N: np.ndarray
+    ) -> None:  # fmt: skip
         rows = slice(place * block.members, (place + 1) * block.members)
-        status_C = block.status_N[rows]
-        valid_C = status_C == VALID
-        self.outcomes.extend(valid_C.tolist())
-        for status in status_C[~valid_C]:
-            self.ledger.retire_in_flight(STATUS_NAMES[int(status)], 1)
-        if not valid_C.all():
+        status = block.status_N[rows].tolist()
+        failed = [STATUS_NAMES[code] for code in status if code != VALID]
+        self.outcomes.extend(code == VALID for code in status)
+        for reason in failed:
+            self.ledger.retire_in_flight(reason, 1)
+        if failed:
             self.last_failure = next(
                 why for r, why in block.failures.items() if rows.start <= r < rows.stop
             )
-        if valid_C.sum() < self.rules.min_valid:
-            self.ledger.retire_in_flight("group_incomplete", int(valid_C.sum()))
+        valid = len(status) - len(failed)
+        if valid < self.rules.min_valid:
+            self.ledger.retire_in_flight("group_incomplete", valid)
             del self.groups[group]
             return
-        self.ledger.enter(int(valid_C.sum()))
-        self.groups[group] = Held.of(block, place)
+        self.ledger.enter(valid)
+        self.groups[group] = Held.of(block, place, oldest_N)
 
     def _is_undone(self, group: GroupId, committed: int, step: int) -> bool:
         held = self.groups.get(group)

@@ -19,23 +19,23 @@ class Held:
     entered: float  # time.monotonic()
     valid_C: np.ndarray
     oldest_C: np.ndarray  # step of each member's oldest token
+    valid: int  # members
+    oldest: int  # of the valid ones
     reuse: int = 0  # committed consumptions
     derived: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, block: Rollouts, place: int) -> "Held":
-        """A block's group, entering now."""
+    def of(cls, block: Rollouts, place: int, oldest_N: np.ndarray | None = None) -> "Held":
+        """A block's group, entering now. oldest_N: its `oldest_step_N`, if that is known.
+
+        ValueError where no member is valid.
+        """
         rows = slice(place * block.members, (place + 1) * block.members)
-        oldest_C = block.select(place, place + 1).oldest_step_N()
-        return cls(block, place, time.monotonic(), block.status_N[rows] == VALID, oldest_C)
-
-    @property
-    def valid(self) -> int:
-        return int(self.valid_C.sum())
-
-    @property
-    def oldest(self) -> int:
-        return int(self.oldest_C[self.valid_C].min())
+        oldest_C = (block.oldest_step_N() if oldest_N is None else oldest_N)[rows]
+        valid_C = block.status_N[rows] == VALID
+        valid = int(np.count_nonzero(valid_C))
+        oldest = int((oldest_C if valid == len(valid_C) else oldest_C[valid_C]).min())
+        return cls(block, place, time.monotonic(), valid_C, oldest_C, valid, oldest)
 
     @property
     def tokens(self) -> int:
@@ -45,7 +45,8 @@ class Held:
 
     @property
     def prompt_tokens(self) -> int:
-        return int(np.diff(self.block.prompt_offset_G1[self.place : self.place + 2])[0])
+        offset_G1 = self.block.prompt_offset_G1
+        return int(offset_G1[self.place + 1] - offset_G1[self.place])
 
     def columns(self) -> Rollouts:
         """The group as a block of its own, of views, with what the learner derived."""
@@ -99,16 +100,21 @@ def index(held: Sequence[Held], reuse: Sequence[np.ndarray], step: int, offline:
 
     def lengths(h: Held) -> np.ndarray:
         members = h.block.members
-        return np.diff(h.block.offset_N1[h.place * members : (h.place + 1) * members + 1])
+        offset_N1 = h.block.offset_N1[h.place * members : (h.place + 1) * members + 1]
+        length_C: np.ndarray = offset_N1[1:] - offset_N1[:-1]
+        return length_C
 
     return Index(
         reward_M=column([h.rows("reward_N") for h in held], np.float32),
         label_M=column([h.rows("label_N") for h in held], np.int8),
         valid_M=column([h.valid_C for h in held], bool),
-        prompt_M=column([np.full(len(h.valid_C), h.prompt_tokens) for h in held], np.int64),
+        prompt_M=np.repeat(
+            np.array([h.prompt_tokens for h in held], dtype=np.int64),
+            [len(h.valid_C) for h in held],
+        ),
         length_M=column([lengths(h) for h in held], np.int64),
         truncated_M=column([h.rows("truncated_N") for h in held], bool),
-        age_M=column([step - h.oldest_C for h in held], np.int64),
+        age_M=step - column([h.oldest_C for h in held], np.int64),
         reuse_M=column(list(reuse), np.int64),
         offline=offline,
     )

@@ -109,9 +109,9 @@ def held_from(tree: dict[str, Any] | None) -> dict[GroupId, Held]:
     if tree is None:
         return {}
     block, now = block_from(tree["block"]), time.monotonic()
-    everyone = []
+    everyone, oldest_N = [], block.oldest_step_N()
     for place, (_, _, reuse, ago) in enumerate(tree["groups"]):
-        held = Held.of(block, place)
+        held = Held.of(block, place, oldest_N)
         held.reuse, held.entered = reuse, now - ago
         everyone.append(held)
     for name, part in tree["derived"].items():
