@@ -30,13 +30,15 @@ class ActorQueue:
         self.slot = slot
         self._done = -1  # the last lease handed in
         self._probed: float | None = None  # for the next call to carry
-        self._put: list[Any] = []  # its put, whose failure the next call raises
+        self._actor = -1
+        self._put: Any = None  # its put, which answers with the next lease, or fails
 
     def lease(self, actor: int) -> Lease | None:
+        self._actor = actor
         while True:
-            calls = [self.handle.lease.remote(actor, self.slot, self._done), *self._put]
-            answer = ray.get(calls, timeout=self.wait_seconds)[0]
-            self._put = []
+            call = self._put or self.handle.lease.remote(actor, self.slot, self._done)
+            self._put = None
+            answer = ray.get(call, timeout=self.wait_seconds)
             if answer != "wait":
                 return None if answer == "over" else answer
 
@@ -54,7 +56,8 @@ class ActorQueue:
 
     def put(self, lease: Lease, block: Rollouts) -> None:
         self._done = lease.id
-        self._put = [self.handle.put.remote(lease, block, self._carried())]
+        answer = (lease, block, self._carried(), self._actor, self.slot)
+        self._put = self.handle.exchange.remote(answer)
 
     def probed(self, nats: float) -> None:
         self._probed = nats

@@ -112,6 +112,17 @@ class QueueService:
         faults.hit("queue.put.after")
         self._wake()
 
+    async def exchange(
+        self, answer: tuple[Lease, Rollouts, float | None, int, int]
+    ) -> Lease | str:  # fmt: skip
+        """`put` of lease, block and probe, and then `lease` for this actor and slot.
+
+        One call of one argument, for Ray's work for each of them is more than ours.
+        """
+        lease, block, probed, actor, slot = answer
+        await self.put(lease, block, probed)
+        return await self.lease(actor, slot, lease.id)
+
     async def release(self, actor: int | None, blame: bool = True) -> tuple[int, list[int]]:
         """See `Line.release`."""
         released = self.queue.release(actor, blame)
