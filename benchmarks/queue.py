@@ -19,7 +19,7 @@ import ray
 
 from benchmarks import results
 from benchmarks.queue_other import Reverb, reverb
-from benchmarks.queue_parts import BenchQueue, Consumer, PlainList, Producer
+from benchmarks.queue_parts import AsyncList, BenchQueue, Consumer, PlainList, Producer
 from benchmarks.queue_payload import MEMBERS, block_of
 from benchmarks.queue_table import held_table, rate_table
 from cluster import connection
@@ -111,6 +111,7 @@ class Bench:
         self.own, self.overrides, self.other = own, overrides, other
         self.producers = [_start(Producer, n) for n in range(max(own.producers))]
         self.consumer, self.plain = _start(Consumer), _start(PlainList)
+        self.asyncio = _start(AsyncList, max_concurrency=1000)
         self.queues = {lease: self.queue(lease) for lease in own.lease}
 
     def queue(self, lease: int) -> Any:
@@ -121,13 +122,15 @@ class Bench:
         """A row: rates of all sides by turns, and what ours and the list's process spent."""
         queue = self.queues[leg.lease]
         ray.get([p.load.remote(leg.lease, leg.tokens) for p in self.producers])
-        row: dict[str, Any] = {**leg._asdict(), "do": "insert", "ours": [], "list": [],
-                               "cpu_us": {"ours": [], "list": []}}  # fmt: skip
+        plain = {"list": self.plain, "asyncio": self.asyncio}
+        row: dict[str, Any] = {**leg._asdict(), "do": "insert"}
         for _ in range(self.own.turns):
             ray.get(queue.begin.remote(0, leg.tokens))
             self._both(row, "ours", queue, leg.producers)
-            ray.get(self.plain.begin.remote(0, leg.lease, leg.tokens))
-            self._both(row, "list", self.plain, leg.producers)
+            for side, store in plain.items():
+                ray.get(store.begin.remote(0, leg.lease, leg.tokens))
+                self._both(row, side, store, leg.producers)
+                ray.get(store.begin.remote(0, leg.lease, leg.tokens))
             if self.other:
                 job = {**leg._asdict(), "do": "insert", "seconds": self.own.seconds}
                 row.setdefault("reverb", []).append(self.other.ask(**job))
@@ -139,8 +142,8 @@ class Bench:
         before = ray.get(store.process.remote())["cpu"]
         done, rate = self._produce(side, store, producers)
         spent = ray.get(store.process.remote())["cpu"] - before
-        row[side].append(rate)
-        row["cpu_us"][side].append(1e6 * spent / done)
+        row.setdefault(side, []).append(rate)
+        row.setdefault("cpu_us", {}).setdefault(side, []).append(1e6 * spent / done)
 
     def _produce(self, side: str, store: Any, producers: int) -> tuple[int, float]:
         """Rollouts, and rollouts per second, of so many producers that begin at once."""

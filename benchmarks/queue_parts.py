@@ -86,6 +86,13 @@ class PlainList(Measured):
         return self.blocks[start : start + blocks]
 
 
+class AsyncList(PlainList):
+    """The same in an asyncio actor, as our queue is one: what Ray's asyncio costs."""
+
+    async def put(self, block: Rollouts) -> None:  # type: ignore[override]
+        self.blocks.append(block)
+
+
 class Producer:
     """Puts leases of one payload, as fast as it can, with one put on the way.
 

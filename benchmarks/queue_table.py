@@ -8,24 +8,25 @@ from benchmarks.results import ratios, spread
 
 def rate_table(rows: list[dict[str, Any]]) -> str:
     """Rollouts a second: medians (and ranges) over the turns, and ratios turn by turn; CPU: of all
-    threads of the store's process a rollout; within: of that, in the queue's own methods."""
+    threads of the store's process a rollout; within: of that, in the queue's own methods; asyncio: the list
+    in an asyncio actor, as our queue is one."""
     return "\n".join(line for row in rows for line in _row(row))
 
 
 def _row(row: dict[str, Any]) -> list[str]:
     producers = f", {row['producers']} producers" if "producers" in row else ""
     lines = [f"{row['do']}, {row['tokens']} tokens, {row['lease']} groups a put{producers}"]
-    for side in ("ours", "list", "reverb"):
+    for side in ("ours", "list", "asyncio", "reverb"):
         if side not in row:
             continue
-        line = f"  {side:>6}: {spread(row[side], 0)}"
+        line = f"  {side:>7}: {spread(row[side], 0)}"
         if "cpu_us" in row and side in row["cpu_us"]:
             line += f"; CPU {statistics.median(row['cpu_us'][side]):.1f} us"
         if side == "ours":
             parts = (f"{name} {us:.1f}" for name, us in row["within_us"].items())
             line += f"; within: {', '.join(parts)} us"
         lines.append(line)
-    for side in ("list", "reverb"):
+    for side in ("list", "asyncio", "reverb"):
         if side in row:
             lines.append(f"  ours / {side} = {spread(ratios(row['ours'], row[side]))}")
     return lines
