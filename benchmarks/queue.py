@@ -1,15 +1,16 @@
 """The replay queue's rollouts per second beside Reverb's and a plain list's in a Ray actor.
 
 Groups of 8 rollouts; a put carries `lease` groups, a get a minibatch of 64. Ours is the service as
-a run has it: leases, age and reuse tags, staleness budget, ledger, commits; the journal is a row of
-its own. The list (one Ray actor) tags and accounts nothing, and Reverb 0.14 runs in an environment
-of its own, made at the first time. All take turns, each in processes of its own: a store, 1 to 16
-producers, one consumer. Ours is then filled from 1,000 to 1,000,000 rollouts.
+a run has it (leases, age and reuse tags, staleness budget, ledger, commits) without its journal.
+The list tags and accounts nothing; it is also put into an asyncio actor, which ours is. Reverb 0.14
+runs in an environment of its own, made at the first time. All take turns, each in processes of its
+own: a store, producers, one consumer. Then ours is filled further and further.
 
 Settings of its own: tokens=256,8192 producers=1,4,16 lease=1,10 (groups a put; all but the first
-with one producer and the first length only) turns=5 seconds=1 (of a turn's inserts) samples=32768
-(of a turn) held=1000,10000,100000,1000000 (of the first length; 0 leaves it out) reverb=true; all
-others are those of a run.
+with the first length and number of producers) in_flight=2 (puts that a producer has on the way;
+Reverb has at least 4) turns=5 seconds=1 (of a turn's inserts) samples=32768 (of a turn, fewer of
+longer rollouts) held=1000,10000,100000,1000000 (0 leaves it out) reverb=true; all others are those
+of a run.
 """
 
 import time
@@ -17,8 +18,8 @@ from typing import Any, NamedTuple
 
 import ray
 
-from benchmarks import results
-from benchmarks.queue_other import Reverb, reverb
+from benchmarks import queue_other, results
+from benchmarks.queue_other import Reverb
 from benchmarks.queue_parts import AsyncList, BenchQueue, Consumer, PlainList, Producer
 from benchmarks.queue_payload import MEMBERS, block_of
 from benchmarks.queue_table import held_table, rate_table
@@ -39,6 +40,7 @@ class Settings(NamedTuple):
     tokens: tuple[int, ...] = (256, 8192)
     producers: tuple[int, ...] = (1, 4, 16)
     lease: tuple[int, ...] = (1, 10)
+    in_flight: int = 2
     turns: int = 5
     seconds: float = 1.0
     samples: int = 32_768
@@ -107,7 +109,9 @@ def queue_settings(lease: int, overrides: list[str]) -> QueueSettings:
 class Bench:
     """The processes, and what they measure."""
 
-    def __init__(self, own: Settings, overrides: list[str], other: Reverb | None) -> None:
+    def __init__(
+        self, own: Settings, overrides: list[str], other: queue_other.Reverb | None
+    ) -> None:
         self.own, self.overrides, self.other = own, overrides, other
         self.producers = [_start(Producer, n) for n in range(max(own.producers))]
         self.consumer, self.plain = _start(Consumer), _start(PlainList)
@@ -121,7 +125,7 @@ class Bench:
     def insert(self, leg: Leg) -> dict[str, Any]:
         """A row: rates of all sides by turns, and what ours and the list's process spent."""
         queue = self.queues[leg.lease]
-        ray.get([p.load.remote(leg.lease, leg.tokens) for p in self.producers])
+        ray.get([p.load.remote(leg.lease, leg.tokens, self.own.in_flight) for p in self.producers])
         plain = {"list": self.plain, "asyncio": self.asyncio}
         row: dict[str, Any] = {**leg._asdict(), "do": "insert"}
         for _ in range(self.own.turns):
@@ -132,7 +136,8 @@ class Bench:
                 self._both(row, side, store, leg.producers)
                 ray.get(store.begin.remote(0, leg.lease, leg.tokens))
             if self.other:
-                job = {**leg._asdict(), "do": "insert", "seconds": self.own.seconds}
+                job = {**leg._asdict(), "do": "insert", "seconds": self.own.seconds,
+                       "in_flight": max(4, self.own.in_flight)}  # fmt: skip
                 row.setdefault("reverb", []).append(self.other.ask(**job))
         row["within_us"] = _within(ray.get(queue.books.remote()))
         return row
@@ -174,14 +179,15 @@ class Bench:
             row["list"].append(ray.get(self.consumer.plain.remote(self.plain, samples, blocks)))
             ray.get(self.plain.begin.remote(0, lease, tokens))
             if self.other:
-                job = {"do": "sample", "tokens": tokens, "lease": lease, "fill": fill}
+                job = {"do": "sample", "tokens": tokens, "lease": lease, "fill": fill,
+                       "in_flight": 4}  # fmt: skip
                 row.setdefault("reverb", []).append(self.other.ask(**job, samples=samples))
         return row
 
     def held(self) -> list[dict[str, Any]]:
         """A row for each number of rollouts held: ours alone, in turns."""
         tokens, lease = self.own.tokens[0], self.own.lease[0]
-        ray.get(self.producers[0].load.remote(lease, tokens))
+        ray.get(self.producers[0].load.remote(lease, tokens, self.own.in_flight))
         queues = {count: self.queue(lease) for count in self.own.held if count}
         rows = {count: {"held": count, "insert": [], "sample": []} for count in queues}
         for _ in range(self.own.turns):
@@ -214,7 +220,7 @@ class Bench:
     def memory(self) -> dict[str, float]:
         """Memory that a queue's process takes for rollouts that producers put, over their bytes."""
         tokens, lease = self.own.tokens[0], self.own.lease[0]
-        ray.get(self.producers[0].load.remote(lease, tokens))
+        ray.get(self.producers[0].load.remote(lease, tokens, self.own.in_flight))
         queue = self.queue(lease)
         ray.get(queue.begin.remote(ROUND, tokens))
         before = ray.get(queue.process.remote())["bytes"]
@@ -238,7 +244,7 @@ def main(overrides: list[str]) -> None:
     """Print rates and ratios with their spread, and write them."""
     own, rest = parse(overrides)
     begun = time.monotonic()
-    other = reverb() if own.reverb else None
+    other = queue_other.reverb() if own.reverb else None
     record: dict[str, Any] = {"settings": own._asdict(), "rows": []}
     with connection.connected(prepare("bandit_pipelined", rest).cluster):
         bench = Bench(own, rest, other)

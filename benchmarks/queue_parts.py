@@ -94,7 +94,7 @@ class AsyncList(PlainList):
 
 
 class Producer:
-    """Puts leases of one payload, as fast as it can, with one put on the way.
+    """Puts leases of one payload, as fast as it can, with so many calls on the way.
 
     Times are those of the clock that all processes of a machine share.
     """
@@ -102,31 +102,35 @@ class Producer:
     def __init__(self, index: int) -> None:
         self.index = index
 
-    def load(self, groups: int, tokens: int) -> None:
-        """What it is to put."""
+    def load(self, groups: int, tokens: int, in_flight: int) -> None:
+        """What it is to put, and how many at once: to ours, the leases that it has in hand."""
         self.block = block_of(groups, tokens, self.index)
+        self.in_flight = in_flight
 
     def ours(self, queue: Any, start: float, seconds: float) -> tuple[int, float]:
         """Rollouts put from `start` on, and when the last was in."""
-        client = ActorQueue(queue, WAIT_SECONDS)
+        clients = [ActorQueue(queue, WAIT_SECONDS, slot) for slot in range(self.in_flight)]
         done = _wait(start)
-        lease = client.lease(self.index)
-        while lease is not None and time.monotonic() - start < seconds:
-            client.put(lease, as_leased(self.block, lease.groups))
-            done += len(lease.groups) * self.block.members
-            lease = client.lease(self.index)  # raises where the put failed
+        while time.monotonic() - start < seconds:
+            for client in clients:
+                lease = client.lease(self.index)  # raises where its last put failed
+                assert lease is not None
+                client.put(lease, as_leased(self.block, lease.groups))
+                done += len(lease.groups) * self.block.members
+        for client in clients:
+            client.lease(self.index)
         return done, time.monotonic()
 
     def plain(self, store: Any, start: float, seconds: float) -> tuple[int, float]:
         """The same, into a plain list."""
         ids = self.block.ids()
-        done, before = _wait(start), None
+        done, calls = _wait(start), deque[Any]()
         while time.monotonic() - start < seconds:
-            after = store.put.remote(as_leased(self.block, ids))
-            if before is not None:
-                ray.get(before, timeout=WAIT_SECONDS)
-            done, before = done + len(self.block.reward_N), after
-        ray.get(before, timeout=WAIT_SECONDS)
+            calls.append(store.put.remote(as_leased(self.block, ids)))
+            if len(calls) == self.in_flight:
+                ray.get(calls.popleft(), timeout=WAIT_SECONDS)
+            done += len(self.block.reward_N)
+        ray.get(list(calls), timeout=WAIT_SECONDS)
         return done, time.monotonic()
 
 
@@ -165,4 +169,3 @@ class Consumer:
 def _wait(start: float) -> int:
     time.sleep(max(0.0, start - time.monotonic()))
     return 0
-

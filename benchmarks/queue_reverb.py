@@ -18,7 +18,6 @@ import reverb
 from benchmarks.queue_payload import MEMBERS, block_of, columns
 
 TABLE = "rollouts"
-IN_FLIGHT = 4  # items that a producer has on the way; ours has one, and Reverb gains by more
 FORK = multiprocessing.get_context("fork")
 
 
@@ -47,7 +46,7 @@ def produce(pipe: Any, port: int, job: dict[str, Any]) -> None:
             writer.append(step)
             writer.create_item(TABLE, 1.0, {name: column[-1:] for name, column in
                                             writer.history.items()})  # fmt: skip
-            writer.flush(block_until_num_items=IN_FLIGHT)
+            writer.flush(block_until_num_items=job["in_flight"])
             done += rollouts
         writer.flush()
         pipe.send((done, time.perf_counter() - started))

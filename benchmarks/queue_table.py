@@ -8,8 +8,8 @@ from benchmarks.results import ratios, spread
 
 def rate_table(rows: list[dict[str, Any]]) -> str:
     """Rollouts a second: medians (and ranges) over the turns, and ratios turn by turn; CPU: of all
-    threads of the store's process a rollout; within: of that, in the queue's own methods; asyncio: the list
-    in an asyncio actor, as our queue is one."""
+    threads of the store's process a rollout; within: of that, in the queue's own methods; asyncio:
+    the list in an asyncio actor, as our queue is one."""
     return "\n".join(line for row in rows for line in _row(row))
 
 

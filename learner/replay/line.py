@@ -175,8 +175,13 @@ class Line:
         held = self.groups.get(group)
         if held is None or not self.lineages.last_step or held.oldest == OFFLINE_STEP:
             return False
+        if self.lineages.undone(held):
+            return True
+        last = self.rounds_taken + len(self.groups) // self.plan.groups_per_round
+        if self.plan.last_age(last, committed, step, held.oldest) <= self.plan.max_age:
+            return False  # so it is within its budget wherever in the line it stands
         age = self.plan.last_age(self._round(group), committed, step, held.oldest)
-        return self.lineages.undone(held) or age > self.plan.max_age
+        return age > self.plan.max_age
 
     def come_again(self, groups: list[GroupId]) -> None:
         """Retire waiting groups as rolled back; each keeps its place as its next incarnation.

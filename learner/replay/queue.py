@@ -11,7 +11,6 @@ frozen anew. Nothing here waits or knows of Ray; `learner.replay.service` does.
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,26 +20,8 @@ from actors.rollout import OFFLINE_STEP, GroupId, Rollouts, Version, concatenate
 from learner.replay.ledger import Ledger
 from learner.replay.line import Line, QueueError, Rules
 from learner.replay.lineage import Lineages
-from learner.replay.records import Batch, Held, Index, index
+from learner.replay.records import Batch, Held, Open, index
 from learner.replay.staleness import Plan
-
-
-@dataclass
-class _Open:
-    """A frozen batch, and the ranks' reports on it."""
-
-    number: int
-    step: int
-    round: int
-    ids: list[GroupId]
-    index: Index
-    measures: dict[str, Any]
-    reports: dict[int, tuple[bool, dict[str, np.ndarray]]] = field(default_factory=dict)
-
-    @property
-    def skipped(self) -> bool:
-        """Whether a rank has said that it skipped."""
-        return not all(stepped for stepped, _ in self.reports.values())
 
 
 class ReplayQueue:
@@ -59,7 +40,7 @@ class ReplayQueue:
         self.weights: dict[int, Any] = {}  # by step
         self.row_reuse: Counter[tuple[int, int]] = Counter()  # offline: (row, member) → reuse
         self._probed: float | None = None  # the most nats/token since a batch was frozen
-        self._open: dict[int, _Open] = {}  # by number: the batch in hand, and one ahead of it
+        self._open: dict[int, Open] = {}  # by number: the batch in hand, and one ahead of it
 
     # Actors: lease, put, release.
 
@@ -199,7 +180,7 @@ class ReplayQueue:
         }
         self._probed = None
         tags = index(held, reuse, step, self.plan.offline)
-        self._open[number] = _Open(number, step, round_, ids, tags, measures)
+        self._open[number] = Open(number, step, round_, ids, tags, measures)
         return True
 
     def _form(self, round_: int) -> bool:
@@ -259,7 +240,7 @@ class ReplayQueue:
             self._close(batch, not batch.skipped)
         return number < self.committed
 
-    def _close(self, batch: _Open, stepped: bool) -> None:
+    def _close(self, batch: Open, stepped: bool) -> None:
         index = batch.index
         if not index.offline:
             self.ledger.age.update(index.age_M[index.valid_M].tolist())
@@ -286,7 +267,7 @@ class ReplayQueue:
             for unseen in (batch, ahead):  # a skipped batch has no metrics line, this one no more
                 self.probed(unseen.measures["engine_mismatch_probe"] if unseen else None)
 
-    def _write_back(self, batch: _Open) -> None:
+    def _write_back(self, batch: Open) -> None:
         each = -(-self.plan.groups_per_batch // self.ranks)
         for rank, (_, derived) in batch.reports.items():
             for name, column in derived.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.rollout import VALID, Rollouts
+from actors.rollout import VALID, GroupId, Rollouts
 
 
 @dataclass
@@ -90,6 +90,24 @@ class Batch:
     round_rewards: np.ndarray  # of the round's valid rollouts, float32
     measures: dict[str, Any]  # queue_seconds, depth and ledger counts at the first call
     last: bool  # of the run
+
+
+@dataclass
+class Open:
+    """A frozen batch, and the ranks' reports on it."""
+
+    number: int
+    step: int
+    round: int
+    ids: list[GroupId]
+    index: Index
+    measures: dict[str, Any]
+    reports: dict[int, tuple[bool, dict[str, np.ndarray]]] = field(default_factory=dict)
+
+    @property
+    def skipped(self) -> bool:
+        """Whether a rank has said that it skipped."""
+        return not all(stepped for stepped, _ in self.reports.values())
 
 
 def index(held: Sequence[Held], reuse: Sequence[np.ndarray], step: int, offline: bool) -> Index:

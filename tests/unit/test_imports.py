@@ -27,7 +27,8 @@ def the_queue(folder: Path) -> None:
     from actors.prompts import Prompt
     from actors.rollout import Version
     from configs.load import prepare
-    from learner.replay.service import STATE, QueueService
+    from learner.replay.cuts import STATE
+    from learner.replay.service import QueueService
     from learner.replay.settings import of
 
     sizes = ("replay.samples_per_round=4", "learner.minibatch=4", "rollout.lease=2")

@@ -11,10 +11,11 @@ from actors.actor import Lease
 from actors.codec import DamagedError, decode, encode
 from actors.rollout import REWARD_FAILED, Version
 from learner.replay import snapshot
+from learner.replay.cuts import STATE
 from learner.replay.journal import Journal, read_base
 from learner.replay.line import Rules
 from learner.replay.queue import ReplayQueue
-from learner.replay.service import STATE, QueueService
+from learner.replay.service import QueueService
 from learner.replay.settings import Settings
 from tests.unit.test_queue import answer, small
 
@@ -156,6 +157,22 @@ def test_a_roll_back_undoes_what_undone_weights_made_and_nothing_else(tmp_path, 
         queue = play.queue.queue
         assert max(queue.ledger.reuse) <= 2 and queue.committed > batch + 20
         assert queue.ledger.retired["expired"] == queue.ledger.retired["lost"] == 0
+
+    asyncio.run(story())
+
+
+def test_an_exchange_that_comes_twice_puts_nothing_twice_and_gives_the_lease_in_hand(tmp_path):
+    async def story() -> None:
+        queue = service(tmp_path)
+        await queue.publish(Version(0, 0), ["w0"])
+        first = await queue.lease(0)
+        call = (first, answer(first, 2), None, 0, 0)
+        second = await queue.exchange(call)
+        counts = queue.queue.ledger.counts()
+        again = await queue.exchange(call)  # repeated, after a restart, say
+        assert isinstance(second, Lease) and again.groups == second.groups != first.groups
+        assert queue.queue.ledger.counts() == counts and counts["queued"] == 2
+        assert service(tmp_path).queue.ledger.counts() == counts  # so says the journal
 
     asyncio.run(story())
 
