@@ -1,5 +1,7 @@
 """Weights through shared memory: one buffer that the sender fills and the reader maps.
 
+Behind the weights is a mark, a number by which the reader answers without being asked.
+
 The file has a name only until every reader has opened it, so that nothing is left behind whichever
 process dies; and its pages stay mapped, so that each later version costs one copy into warm memory.
 """
@@ -14,6 +16,8 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path("/dev/shm")
+MARK_BYTES = 8
+UNSTAGED = -1  # mark of a reader that takes weights only while it does nothing else
 
 
 class WeightBuffer:
@@ -24,7 +28,7 @@ class WeightBuffer:
 
     def __init__(self, count: int) -> None:
         folder = FOLDER if FOLDER.is_dir() else Path(tempfile.gettempdir())
-        nbytes = 4 * max(count, 1)
+        nbytes = _mark_at(count) + MARK_BYTES
         descriptor, self.path = tempfile.mkstemp(prefix="onpolicy-weights-", dir=folder)
         try:
             os.posix_fallocate(descriptor, 0, nbytes)  # else a full tmpfs shows as SIGBUS later
@@ -38,7 +42,7 @@ class WeightBuffer:
             ) from error
         finally:
             os.close(descriptor)
-        self.array = np.frombuffer(self._map, dtype=np.float32, count=count)
+        self.array, self.mark = _cut(self._map, count)
 
     def unlink(self) -> None:
         """Take the name away; the memory lives until its last mapping ends."""
@@ -46,7 +50,17 @@ class WeightBuffer:
             os.unlink(self.path)
 
 
-def attach(path: str, count: int) -> np.ndarray:
-    """The array [count] of another process's `WeightBuffer`, as a view of the same memory."""
+def attach(path: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Array [count] and mark [1] of another process's `WeightBuffer`, views of the same memory."""
     with open(path, "r+b") as file:
-        return np.frombuffer(mmap.mmap(file.fileno(), 0), dtype=np.float32, count=count)
+        return _cut(mmap.mmap(file.fileno(), 0), count)
+
+
+def _mark_at(count: int) -> int:
+    """Bytes before the mark: the weights, and what aligns it."""
+    return -(-4 * count // MARK_BYTES) * MARK_BYTES
+
+
+def _cut(memory: mmap.mmap, count: int) -> tuple[np.ndarray, np.ndarray]:
+    array = np.frombuffer(memory, dtype=np.float32, count=count)
+    return array, np.frombuffer(memory, dtype=np.int64, count=1, offset=_mark_at(count))

@@ -18,9 +18,12 @@ from actors.engine import Request
 from actors.packing import does_not_fit, fail_group, pack
 from actors.randomness import request_seed
 from actors.rollout import GENERATION_FAILED, Rollouts, Version
+from actors.shared_memory import UNSTAGED
 from actors.vllm_process import DIED, EngineDied, VllmProcess
 from actors.vllm_push import NO_VERSION, Pushes, label
 from configs.schema import Config
+
+STAGED_POLL = 0.001  # seconds between looks at the mark of weights that are being staged
 
 
 class VllmEngine:
@@ -40,6 +43,7 @@ class VllmEngine:
         self.process = VllmProcess(config, shape)
         self._numbers = itertools.count()
         self._running = 0  # requests that vLLM has, counted on its loop
+        self._loading = asyncio.Lock()  # from shared memory, one version at a time
         self.updating = asyncio.Lock()
         self.halted = self.asleep = False
         self._pushes = Pushes(self, config.limits.transfer_seconds)
@@ -64,23 +68,31 @@ class VllmEngine:
         )  # fmt: skip
 
     async def _update(self, weights: np.ndarray, version: Version) -> None:
-        """vLLM's start, update, finish, with the caches emptied and nothing generated meanwhile."""
+        """vLLM's start, update, finish, with the caches emptied and nothing generated meanwhile; a
+        worker that stages starts before that (`actors.vllm_staging`)."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        llm = self.process.llm
-        async with self.updating:
-            await asyncio.to_thread(np.copyto, self.process.buffer.array, weights)
-            busy = self._running > 0 or self.halted
-            if busy:
-                await llm.pause_generation(mode="keep", clear_cache=True)
-            else:
-                await llm.reset_prefix_cache()
-            await llm.start_weight_update()
-            await llm.update_weights(WeightTransferUpdateRequest(update_info={}))
-            await llm.finish_weight_update(label(version))
-            self.version, self.halted = version, False
-            if busy:
-                await llm.resume_generation()
+        llm, buffer = self.process.llm, self.process.buffer
+        async with self._loading:
+            await asyncio.to_thread(np.copyto, buffer.array, weights)
+            staged = int(buffer.mark[0])
+            if staged != UNSTAGED:
+                await llm.start_weight_update()
+                while buffer.mark[0] == staged:
+                    await asyncio.sleep(STAGED_POLL)
+            async with self.updating:
+                busy = self._running > 0 or self.halted
+                if busy:  # as llm.pause_generation does, without its sleep of 20 ms
+                    await llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
+                else:
+                    await llm.reset_prefix_cache()
+                if staged == UNSTAGED:
+                    await llm.start_weight_update()
+                await llm.update_weights(WeightTransferUpdateRequest(update_info={}))
+                await llm.finish_weight_update(label(version))
+                self.version, self.halted = version, False
+                if busy:
+                    await llm.resume_generation()
 
     def push(self, step: str, payload: dict[str, Any]) -> None:
         """One step of a push from the learner's GPU, see `actors.vllm_push`; from any thread."""

@@ -9,6 +9,7 @@ a version at finish) with the weights in a buffer that the sender fills, see `ac
 Source: vllm 0.32.0, distributed/weight_transfer/{base,nccl_engine,ipc_engine}.py.
 """
 
+import contextlib
 import logging
 import os
 import pickle
@@ -31,7 +32,8 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from actors.shared_memory import attach
+from actors.shared_memory import UNSTAGED, attach
+from actors.vllm_staging import CannotStage, Staging
 
 # It warns of a tied output layer at every update; `receive_weights` checks that nothing is missing.
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
@@ -53,14 +55,25 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 
 class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Loads the buffer's weights into the model, layer by layer."""
+    """Takes the buffer's weights: on a CPU staged (`actors.vllm_staging`), where that can be; else
+    loaded into the model by vLLM, layer by layer.
+
+    The buffer's mark says which: UNSTAGED, or the number of versions that have been made ready.
+    Staging begins at the start of an update, while the engine may generate; the other way begins
+    when it may not.
+    """
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
+    may_stage = True
+    staging: Staging | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         sizes = [torch.Size(shape).numel() for shape in init_info.shapes]
-        flat = torch.from_numpy(attach(init_info.path, sum(sizes)))
+        array, self.mark = attach(init_info.path, sum(sizes))
+        self.flat = flat = torch.from_numpy(array)
+        self.mark[0] = UNSTAGED
+        self.planned = False
         # Before any reload: vLLM's own parameters, tied ones once.
         self.parameters = {name for name, _ in self.model.named_parameters()}
         self.weights = [
@@ -70,20 +83,46 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         end_with(init_info.owner)
 
     def start_weight_update(self) -> None:
-        # On CPU, vLLM prepacks linear weights and frees the originals: they cannot be written to.
-        initialize_layerwise_reload(self.model)
+        if not self.planned:
+            self._plan()
+        if self.staging is not None:
+            self.staging.begin(self._staged)
+        else:
+            # On CPU, vLLM packs linear weights and frees the originals: nothing to write to.
+            initialize_layerwise_reload(self.model)
+
+    def _plan(self) -> None:
+        """Decide for one of the two ways, at the first update: vLLM's settings are at hand then."""
+        self.planned = True
+        if not self.may_stage or self.device.type != "cpu" or self.parallel_config.world_size > 1:
+            return
+        with contextlib.suppress(CannotStage):
+            self.staging = Staging(self.model, self.flat, self._load)
+            self.mark[0] = 0
+
+    def _staged(self, _: Any) -> None:
+        self.mark[0] += 1
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # Without the base class's torch.accelerator.synchronize(), which needs an accelerator.
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
+        if self.staging is not None:
+            self.staging.swap()
+        else:
+            self._load()
+
+    def _load(self) -> None:
+        """Have vLLM's own loader copy the buffer's weights."""
         model: Any = self.model
         loaded = model.load_weights(self.weights)
         if loaded is not None and (missing := self.parameters - set(loaded)):
             raise RuntimeError(f"no weights came for {min(missing)}, of {len(missing)} in all")
 
     def finish_weight_update(self) -> None:
+        if self.staging is not None:
+            return
         self._finalize()
         for module in self.model.modules():
             if isinstance(module, ParallelLMHead):
@@ -115,6 +154,7 @@ class PushedTransfer(SharedMemoryTransfer):
     """
 
     pushed_by: str
+    may_stage = False  # a push writes to the live weights
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)

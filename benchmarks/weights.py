@@ -3,38 +3,31 @@
 An update is measured from the moment the learner begins to read out its weights until the engine
 may generate again, over the way of a run: read-out, Ray's object store, the actor's process, the
 engine. Beside it, in turns, the same weights are cloned into fresh memory in the learner's process.
-vLLM is also updated while it generates, and each token's version shows that it did. Generation is
-without queue and reward service.
+vLLM is also updated while it generates: each token's version shows that it was, and the stall is
+what its scheduler stood still. Two actors take the same version at once. Generation is without
+queue and reward service.
 
 Settings of its own: sizes=1M,25M,260M engines=torch,vllm repeats=5 actors=1,2,4 seconds=5 (of
 generation for each number of actors; 0 leaves it out); all others are those of a run.
 """
 
 import json
-import statistics
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
 
 from benchmarks.weights_table import generation_table, update_table
+from benchmarks.weights_updates import ALLOWANCE, LIMITS, end, start, updates
 from cluster import connection
-from cluster.remote import spawn
 from cluster.run_directory import describe_environment
 from configs.errors import ConfigError
 from configs.load import prepare
 from configs.schema import Config
 
 TARGET = Path("runs/bench/weights.json")
-LIMITS = {"torch": 1.5, "vllm": 2.5}  # times the clone, after ALLOWANCE
-ALLOWANCE = 0.060  # seconds that an update may cost at any size
 HEAD, VOCABULARY = 64, 256  # vLLM's CPU attention knows heads of 64
 KV_CACHE_GIB = 0.5
-POLL_SECONDS = 5.0
-UNDER_WAY = 0.15  # seconds after which generation is in the middle
 
 
 class Size(NamedTuple):
@@ -118,7 +111,8 @@ def main(overrides: list[str]) -> None:
     }  # fmt: skip
     with connection.connected(configs[pairs[0]].cluster):
         for (size, engine), config in configs.items():
-            out["updates"] += updates(size, engine, config, settings.repeats)
+            prompts = SIZES[size].prompts
+            out["updates"] += updates(size, engine, config, settings.repeats, prompts)
         for engine in settings.engines if settings.seconds else ():
             size = settings.sizes[0]
             out["generation"] += generation(size, engine, configs[size, engine], settings)
@@ -127,77 +121,6 @@ def main(overrides: list[str]) -> None:
         print(generation_table(out["generation"]))
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     TARGET.write_text(json.dumps(out, indent=2) + "\n", encoding="utf-8")
-
-
-def updates(size: str, engine: str, config: Config, repeats: int) -> list[dict[str, Any]]:
-    """Rows of the update table: idle, and for vLLM in mid-generation too."""
-    with started("Sender", config, f"{size}: learner's side") as (sender, _):
-        parameters = ray.get(sender.call.remote("parameters"))
-        with started("Receiver", config, f"{size}: {engine} actor") as (receiver, start_seconds):
-            rows = []
-            for generating in (False, True) if engine == "vllm" else (False,):
-                print(f"{size}: {engine}, {'generating' if generating else 'idle'}", flush=True)
-                measured = [
-                    _pair(sender, receiver, config, SIZES[size].prompts * generating, repeat)
-                    for repeat in range(repeats + 1)
-                ]
-                row = {"size": size, "parameters": parameters, "engine": engine,
-                       "generating": generating, "start_seconds": start_seconds}  # fmt: skip
-                rows.append(row | _row(measured, LIMITS[engine]))
-            return rows
-
-
-def _pair(
-    sender: Any, receiver: Any, config: Config, prompts: int, repeat: int
-) -> dict[str, Any]:  # fmt: skip
-    """Seconds of one clone and of one update after it, while `prompts` are answered (0: idle)."""
-    seconds = config.limits.wait_seconds
-    clone = ray.get(sender.call.remote("clone"), timeout=seconds)
-    generation = None
-    if prompts:
-        generation = receiver.call.remote("generate", prompts)
-        time.sleep(UNDER_WAY)
-    sent = ray.get(sender.call.remote("publish"), timeout=seconds)
-    taken = ray.get(receiver.call.remote("update", sent["weights"], repeat), timeout=seconds)
-    versions = ray.get(generation, timeout=seconds)["versions"] if generation else 1
-    inside = taken["parts"]
-    return {
-        "clone": clone,
-        "update": taken["resumed"] - sent["started"],
-        "in_flight": versions > 1,
-        "parts": {
-            "read": sent["read"] - sent["started"],
-            "put": sent["put"] - sent["read"],
-            "hand_over": taken["arrived"] - sent["put"],
-            "get": taken["got"] - taken["arrived"],
-            "copy": taken["resumed"] - taken["got"] - sum(inside.values()),
-            **inside,
-        },
-    }
-
-
-def _row(measured: list[dict[str, Any]], limit: float) -> dict[str, Any]:
-    """Medians and ranges in ms over all but the first, which fills caches and touches memory."""
-    first, *rest = measured
-    clone, update = ([m[name] for m in rest] for name in ("clone", "update"))
-    baseline, cost = statistics.median(clone), statistics.median(update)
-    names = dict.fromkeys(name for m in rest for name in m["parts"])
-    return {
-        "clone_ms": 1e3 * baseline,
-        "clone_all_ms": [1e3 * seconds for seconds in clone],
-        "update_ms": 1e3 * cost,
-        "update_all_ms": [1e3 * seconds for seconds in update],
-        "first_ms": 1e3 * first["update"],
-        "ratio": cost / baseline,
-        "ratio_less_allowance": max(0.0, cost - ALLOWANCE) / baseline,
-        "limit": limit,
-        "within": cost <= limit * baseline + ALLOWANCE,
-        "in_flight": sum(m["in_flight"] for m in rest),
-        "parts_ms": {
-            name: 1e3 * statistics.median(m["parts"].get(name, 0.0) for m in rest)
-            for name in names
-        },
-    }  # fmt: skip
 
 
 def generation(
@@ -213,7 +136,7 @@ def generation(
         for actors in settings.actors:
             while len(fleet) < actors:
                 what = f"{size}: {engine} actor {len(fleet)}"
-                actor, seconds = _start("Receiver", config, what)
+                actor, seconds = start("Receiver", config, what)
                 fleet.append(actor)
                 starts.append(seconds)
                 ray.get(actor.call.remote("generate", SIZES[size].prompts))  # warm-up
@@ -221,7 +144,7 @@ def generation(
             rows.append({**row, "start_seconds": starts[:actors]})
     finally:
         for actor in fleet:
-            _end(actor)
+            end(actor)
     return rows
 
 
@@ -235,35 +158,3 @@ def _generate(size: str, engine: str, fleet: list[Any], seconds: float) -> dict[
         for name in ("rollouts", "tokens")
     }
     return {"size": size, "engine": engine, "actors": len(fleet), **rates}
-
-
-@contextmanager
-def started(kind: str, config: Config, what: str) -> Iterator[tuple[Any, float]]:
-    """A process of `benchmarks.weights_parts` and the seconds it took to start; it ends with the
-    block."""
-    actor, seconds = _start(kind, config, what)
-    try:
-        yield actor, seconds
-    finally:
-        _end(actor)
-
-
-def _start(kind: str, config: Config, what: str) -> tuple[Any, float]:
-    begun = time.monotonic()
-    actor = spawn(f"benchmarks.weights_parts:{kind}", config, num_cpus=0, max_concurrency=2)
-    call = actor.call.remote("ready")
-    while not ray.wait([call], timeout=POLL_SECONDS)[0]:
-        spent = time.monotonic() - begun
-        print(f"  {what} is starting, {spent:.0f} s", flush=True)
-        if spent > config.limits.startup_seconds:
-            raise TimeoutError(f"{what} is not ready after {spent:.0f} s")
-    ray.get(call)
-    seconds = time.monotonic() - begun
-    print(f"  {what} is ready after {seconds:.1f} s", flush=True)
-    return actor, seconds
-
-
-def _end(actor: Any) -> None:
-    """End a process, and vLLM's below it."""
-    ray.wait([actor.call.remote("close")], timeout=30.0)
-    ray.kill(actor)

@@ -20,8 +20,8 @@ from actors.rollout import GroupId, Version
 from cluster.rollout_worker import build_engine
 from configs.schema import Config
 
-VLLM_PARTS = {  # vLLM's calls during an update → the part of it that they are
-    "pause_generation": "pause", "reset_prefix_cache": "pause", "start_weight_update": "start",
+CALLS = {  # vLLM's calls during an update → the part of it that they are
+    "pause_scheduler_async": "pause", "reset_prefix_cache": "pause", "start_weight_update": "start",
     "update_weights": "update", "finish_weight_update": "finish", "resume_generation": "resume",
 }  # fmt: skip
 
@@ -81,38 +81,69 @@ class Receiver(Part):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.engine: Any = build_engine(config)
-        self.parts: dict[str, float] = {}
+        self.calls: list[tuple[str, float, float]] = []  # part, begin and end, of one update
+        self.came: list[float] = []  # when tokens came from vLLM's engine process
         if process := getattr(self.engine, "process", None):
-            for name in VLLM_PARTS:
-                self._time(process.llm, name)
+            for name in CALLS:
+                owner = process.llm.engine_core if name.endswith("_async") else process.llm
+                self._time(owner, name)
+            self._note_tokens(process.llm.output_processor)
 
-    def _time(self, llm: Any, name: str) -> None:
-        """Have a coroutine function of vLLM's count its seconds in `parts`."""
-        plain = getattr(llm, name)
+    def _time(self, owner: Any, name: str) -> None:
+        """Have a coroutine function of vLLM's note when it began and ended in `calls`."""
+        plain = getattr(owner, name)
 
         async def timed(*arguments: Any, **options: Any) -> Any:
-            started = time.monotonic()
+            began = time.monotonic()
             try:
                 return await plain(*arguments, **options)
             finally:
-                part, spent = VLLM_PARTS[name], time.monotonic() - started
-                self.parts[part] = self.parts.get(part, 0.0) + spent
+                self.calls.append((CALLS[name], began, time.monotonic()))
 
-        setattr(llm, name, timed)
+        setattr(owner, name, timed)
+
+    def _note_tokens(self, processor: Any) -> None:
+        """Have vLLM's processor of outputs note in `came` when there are some."""
+        plain = processor.process_outputs
+
+        def noted(outputs: Any, *arguments: Any, **options: Any) -> Any:
+            if outputs:
+                self.came.append(time.monotonic())
+            return plain(outputs, *arguments, **options)
+
+        processor.process_outputs = noted
 
     def update(self, weights: list[Any], step: int) -> dict[str, Any]:
         """Take published weights as this step's. Times `arrived`, `got` and `resumed`, from which
-        on the engine may generate; `parts`: seconds of vLLM's share."""
+        on the engine may generate; `parts`: the seconds between, by what they went to; `stall`:
+        those that nothing could be generated in, of an engine that was generating."""
         arrived = time.monotonic()
         flat = ray.get(weights[0])
         got = time.monotonic()
-        self.parts.clear()
+        self.calls.clear()
         self.engine.load(flat, Version(0, step))
         resumed = time.monotonic()
-        return {"arrived": arrived, "got": got, "resumed": resumed, "parts": dict(self.parts)}
+        ends = {part: end for part, _, end in self.calls}
+        return {
+            "arrived": arrived, "got": got, "resumed": resumed, "parts": self._parts(got, resumed),
+            "stall": ends["resume"] - ends["pause"] if "resume" in ends else 0.0,
+        }  # fmt: skip
 
-    def generate(self, groups: int) -> dict[str, int]:
-        """`rollouts` and `tokens` made for so many prompts, and the `versions` that made them."""
+    def _parts(self, got: float, resumed: float) -> dict[str, float]:
+        """Seconds of an update within the actor. What comes before vLLM's first call is the `copy`,
+        into shared memory or, on the torch engine, the network; what comes after its start, until
+        it is paused, the `stage`: making ready beside what it generates."""
+        parts = {"copy": (self.calls[0][1] if self.calls else resumed) - got}
+        for place, (part, began, ended) in enumerate(self.calls):
+            parts[part] = ended - began
+            if part == "start":
+                parts["stage"] = self.calls[place + 1][1] - ended
+        return parts
+
+    def generate(self, groups: int) -> dict[str, Any]:
+        """`rollouts` and `tokens` made for so many prompts, the `versions` that made them, and when
+        they `came` (vLLM)."""
+        self.came.clear()
         vocabulary = self.config.policy.bandit.vocabulary
         requests = [
             Request(GroupId(n, 0), Prompt(np.array([n % vocabulary], dtype=np.int32), n))
@@ -122,7 +153,7 @@ class Receiver(Part):
         if block.failures:
             raise RuntimeError(f"generation failed: {next(iter(block.failures.values()))}")
         made = {"rollouts": len(block.status_N), "tokens": len(block.token_K)}
-        return {**made, "versions": len(np.unique(block.step_K))}
+        return {**made, "versions": len(np.unique(block.step_K)), "came": list(self.came)}
 
     def generate_for(self, seconds: float, groups: int) -> dict[str, float]:
         """Generate leases of so many prompts one after another until the seconds are over;
@@ -130,7 +161,8 @@ class Receiver(Part):
         made: Counter[str] = Counter()
         started = time.monotonic()
         while (spent := time.monotonic() - started) < seconds or not made:
-            made.update(self.generate(groups))
+            one = self.generate(groups)
+            made.update({name: one[name] for name in ("rollouts", "tokens")})
         return {"rollouts": made["rollouts"], "tokens": made["tokens"], "seconds": spent}
 
     def close(self) -> None:

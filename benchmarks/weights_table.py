@@ -3,37 +3,49 @@
 from typing import Any
 
 MEANING = (
-    "an update: from the learner's read-out until the engine may generate again; clone: the same "
-    "weights into fresh memory, in turns with it; medians (and ranges). ratio: update / clone; "
-    "-60 ms: (update - 60 ms) / clone, which the limit is for. The first update, which touches "
-    "memory for the first time, is apart. generating: vLLM has responses in hand, n of so many "
-    "times with tokens of both versions"
+    "an update: from the learner's read-out until the last engine may generate again; clone: the "
+    "same weights into fresh memory, in turns with it; medians (and ranges). The first update, "
+    "which touches memory for the first time, is apart. The limit is, for one idle engine, for "
+    "(update - 40 ms) / clone; for several at once, for their update / that of one; for one that "
+    "generates, for the stall / the update (n of so many times with tokens of both versions)"
 )
+STALL_MEANING = (
+    "stall: the scheduler stands still; silent: the longest time without a token around the "
+    "update, caches computed anew included; step: the usual time between tokens"
+)
+STALLS = ("stall", "silent", "step")
 
 
 def update_table(rows: list[dict[str, Any]]) -> str:
-    """A line per size and engine, and below where the time went, in ms."""
+    """A line per size, engine and what it does; below where the time went and the stalls, in ms."""
     costs = [
         (
             row["size"], f"{row['parameters'] / 1e6:.1f}M", _engine(row),
             _range(row["clone_ms"], row["clone_all_ms"]),
             _range(row["update_ms"], row["update_all_ms"]), f"{row['first_ms']:.0f}",
-            f"{row['ratio']:.2f}", f"{row['ratio_less_allowance']:.2f}", f"{row['limit']:g}",
+            f"{row['ratio']:.2f}", f"{row['share']:.2f}", f"{row['limit']:g}",
             "within" if row["within"] else "OVER",
         )
         for row in rows
     ]  # fmt: skip
-    head = ("size", "numbers", "engine", "clone ms", "update ms", "first ms", "ratio", "-60 ms",
+    head = ("size", "numbers", "engine", "clone ms", "update ms", "first ms", "ratio", "measure",
             "limit", "verdict")  # fmt: skip
     names = list(dict.fromkeys(name for row in rows for name in row["parts_ms"]))
     parts = [
         (row["size"], _engine(row), *(_ms(row["parts_ms"].get(name)) for name in names))
         for row in rows
     ]
-    return "\n".join(
-        ["", *_lines([head, *costs]), MEANING, "", "where an update's time goes, ms:",
-         *_lines([("size", "engine", *names), *parts])]
-    )  # fmt: skip
+    stalls = [
+        (row["size"], _engine(row), *(_ms(row[f"{name}_ms"]) for name in STALLS))
+        for row in rows
+        if row["generating"]
+    ]
+    lines = ["", *_lines([head, *costs]), MEANING, "", "where an update's time goes, ms:"]
+    lines += _lines([("size", "engine", *names), *parts])
+    if stalls:
+        lines += ["", *_lines([("size", "engine", *(f"{name} ms" for name in STALLS)), *stalls])]
+        lines += [STALL_MEANING]
+    return "\n".join(lines)
 
 
 def generation_table(rows: list[dict[str, Any]]) -> str:
@@ -52,7 +64,7 @@ def generation_table(rows: list[dict[str, Any]]) -> str:
 
 def _engine(row: dict[str, Any]) -> str:
     if not row["generating"]:
-        return row["engine"]
+        return row["engine"] if row["actors"] == 1 else f"{row['engine']}, {row['actors']} actors"
     return f"{row['engine']}, generating ({row['in_flight']} of {len(row['update_all_ms'])})"
 
 

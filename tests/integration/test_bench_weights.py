@@ -9,9 +9,9 @@ from cluster.__main__ import main
 from configs.errors import ConfigError
 
 UPDATE = {
-    "size", "parameters", "engine", "generating", "start_seconds", "clone_ms", "clone_all_ms",
-    "update_ms", "update_all_ms", "first_ms", "ratio", "ratio_less_allowance", "limit", "within",
-    "in_flight", "parts_ms",
+    "size", "parameters", "engine", "actors", "generating", "start_seconds", "clone_ms",
+    "clone_all_ms", "update_ms", "update_all_ms", "first_ms", "ratio", "ratio_less_allowance",
+    "share", "limit", "within", "in_flight", "parts_ms",
 }  # fmt: skip
 GENERATION = {"size", "engine", "actors", "rollouts_per_s", "tokens_per_s", "start_seconds"}
 
@@ -23,12 +23,15 @@ def test_a_shrunk_bench_prints_its_tables_and_writes_every_field(
     settings = ["sizes=1M", "engines=torch", "repeats=2", "actors=1", "seconds=0.1"]
     assert main(["bench", "weights", *settings]) == 0
     printed = capsys.readouterr().out
-    for part in ("clone ms", "-60 ms", "verdict", "hand_over", "rollouts/s", "is ready after"):
+    for part in ("clone ms", "measure", "verdict", "hand_over", "rollouts/s", "is ready after"):
         assert part in printed
     out = json.loads((tmp_path / "weights.json").read_text())
     assert out["environment"]["cpus"] and out["settings"]["repeats"] == 2
-    (update,) = out["updates"]
-    assert set(update) == UPDATE and update["limit"] == 1.5
+    update, together = out["updates"]
+    assert set(update) == set(together) == UPDATE
+    assert (update["limit"], together["limit"]) == (1.0, 2.0)
+    assert together["share"] == together["update_ms"] / update["update_ms"]
+    assert (update["actors"], together["actors"]) == (1, 2)
     assert 0.9e6 < update["parameters"] < 1.1e6
     assert len(update["clone_all_ms"]) == len(update["update_all_ms"]) == 2
     assert set(update["parts_ms"]) == {"read", "put", "hand_over", "get", "copy"}
