@@ -66,6 +66,7 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     may_stage = True
+    planned = False
     staging: Staging | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
@@ -73,7 +74,6 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         array, self.mark = attach(init_info.path, sum(sizes))
         self.flat = flat = torch.from_numpy(array)
         self.mark[0] = UNSTAGED
-        self.planned = False
         # Before any reload: vLLM's own parameters, tied ones once.
         self.parameters = {name for name, _ in self.model.named_parameters()}
         self.weights = [
