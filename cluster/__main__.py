@@ -219,7 +219,10 @@ def _commands_on_methods(command: Command) -> None:
     sub.add_argument("--parallel", type=int, default=0, metavar="N", help="trials at a time")
     sub.add_argument("--out", default="runs", metavar="DIR", help="results go to DIR/studies/NAME")
     sub = command("bench", _bench, "measure ours beside a named baseline, in one run")
-    names = ["kills", "learner", "methods", "overhead", "queue", "soak", "trl", "weights"]
+    names = [
+        "bandit", "kills", "learner", "methods", "overhead", "overlap", "queue", "reward", "soak",
+        "startup", "studies", "trl", "weights",
+    ]  # fmt: skip
     sub.add_argument("name", choices=names)
     _settings(sub, "a setting of the bench")
     sub = command("advise", _advise, "say which methods the paper recommends for a problem")

@@ -32,15 +32,15 @@ class Parts:
     """Learner ranks, replay queue, rollout actors, evaluator and reward service of one run.
 
     say: takes a line for people. crew: has the processes. own_cluster: the Ray cluster ends with
-    the run.
+    the run. mark: takes the names of what is there, as `Startup.record` has them.
     """
 
     def __init__(
         self, config: Config, directory: RunDirectory, say: Callable[[str], None],
-        crew: Crew, own_cluster: bool,
+        crew: Crew, own_cluster: bool, mark: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.config, self.directory, self.say, self.crew = config, directory, say, crew
-        self.own_cluster = own_cluster
+        self.own_cluster, self.mark = own_cluster, mark
         self.placement = Placement(config, say)
         self.faults = str(directory.faults.resolve())
         self.learners: list[Any] = []
@@ -66,10 +66,13 @@ class Parts:
         ranks = self.start_learners(restored)
         self.fleet = Fleet(config, self.crew, self.placement, actors, offline_path, self.faults)
         self._evaluations = Evaluations(config, self.crew, self.placement)
+        self.mark("asked")
         self.rewards = self.crew.rewards(config, self.directory.name)
+        self.mark("rewards")
         if self.rewards.notice:
             self.say(self.rewards.notice)
         reference, self.current = self.begun(ranks)
+        self.mark("learner")
         self.evaluations.start(self.rewards.client, reference)
         if offline and not config.data.path and not self.directory.offline_data.exists():
             self.say(f"sampling {config.data.prompts} groups from π_ref")
@@ -77,6 +80,7 @@ class Parts:
         if config.rollout.engine is EngineKind.vllm and not offline:
             self.say("waiting for vLLM, which takes about 30 s to start")
         self.fleet.wait_ready(self.say)
+        self.mark("actors")
         if pushes(config):
             self._join(self.fleet.workers)
             self.fleet.on_restart = self._join

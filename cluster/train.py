@@ -25,6 +25,7 @@ from cluster.progress import Progress
 from cluster.restarts import Restarts, reason
 from cluster.run_directory import RunDirectory
 from cluster.saver import Saver
+from cluster.startup import Startup
 from cluster.watchdog import LearnerLost, Watchdog, is_fatal
 from configs import faults
 from configs.schema import Config
@@ -42,19 +43,21 @@ def train(config: Config, preset: str, crew: Crew | None = None) -> dict[str, An
     Raises ValueError before anything starts where an input cannot be used. A failure later on ends
     the run with status "failed", its reason in the summary.
     """
-    started = time.monotonic()
+    clock = Startup()
     checked = inputs.check(config)
     trackers.check(config)
     directory = run_directory.claim(config, preset)
     scorers.keep(directory.path, config)
+    clock.mark("inputs")
     with Progress(directory.name, config.learner.updates, describe(config)) as progress:
         for note in checked.notes:
             progress.message(note)
         progress.message("starting Ray")
         with connection.connected(config.cluster) as own:
+            clock.mark("ray")
             crew = crew or Crew()
             config = crew.settings(config, directory.name)
-            run = Run(config, preset, directory, progress, started, crew, own)
+            run = Run(config, preset, directory, progress, clock, crew, own)
             run.rows = {path: counts.record() for path, counts in checked.rows.items()}
             return run.complete()
 
@@ -83,12 +86,12 @@ class Run:
 
     def __init__(
         self, config: Config, preset: str, directory: RunDirectory, progress: Progress,
-        started: float, crew: Crew, own_cluster: bool,
+        clock: Startup, crew: Crew, own_cluster: bool,
     ) -> None:  # fmt: skip
         faults.install(config.cluster.faults, str(directory.faults.resolve()))
         self.config, self.preset, self.directory = config, preset, directory
-        self.progress, self.started, self.say = progress, started, progress.message
-        self.parts = Parts(config, directory, self.say, crew, own_cluster)
+        self.progress, self.clock, self.say = progress, clock, progress.message
+        self.parts = Parts(config, directory, self.say, crew, own_cluster, clock.mark)
         self.books = Books(config, directory, progress)
         self.checkpoints = Checkpoints(directory.checkpoints, config.checkpoint.keep)
         self.saver = Saver(config, self.checkpoints, self.parts, self.say, self._complete_state)
@@ -138,7 +141,7 @@ class Run:
         else:
             self._begin(Version(0, 0), self.parts.current)
         self.parts.serve()
-        self.say(f"ready after {time.monotonic() - self.started:.1f} s")
+        self.say(f"ready after {self.clock.spent:.1f} s")
 
     def _begin(self, version: Version, weights: Any) -> None:
         """Nothing is done yet."""
@@ -210,6 +213,7 @@ class Run:
 
     def _record(self, ranks: tuple[StepRecord, ...]) -> None:
         self.books.record(ranks, {"actor_restarts_total": self.parts.actor_restarts})
+        self.clock.mark("first_update")
         if ranks[0].weights is not None:
             self.parts.evaluations.ask(ranks[0].version, ranks[0].weights[0])
 
@@ -249,8 +253,8 @@ class Run:
             shutil.rmtree(self.directory.journal, ignore_errors=True)
         out = summary.summarise(
             self.config, self.preset, self.directory.name, status, failure, tally, queue,
-            time.monotonic() - self.started, self._recovery(), scorers.kept(self.directory.path),
-        ) | {"data": self.rows}  # fmt: skip
+            self.clock.spent, self._recovery(), scorers.kept(self.directory.path),
+        ) | {"startup": self.clock.record(), "data": self.rows}  # fmt: skip
         self.directory.write_summary(out)
         self.parts.end()
         if not self.parts.crew.keep:
