@@ -1,7 +1,7 @@
 """The processes of a run, or of runs one after another in the same ones."""
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -9,7 +9,9 @@ from cluster.placement import scorer_options
 from cluster.remote import spawn
 from configs.schema import Config
 from reward_server.rewards import describe
-from reward_server.service import RewardService, deploy
+
+if TYPE_CHECKING:
+    from reward_server.service import RewardService
 
 REST_SECONDS = 10.0  # for a process to let go of what it held
 
@@ -25,7 +27,7 @@ class Crew:
         self.keep = keep
         self._kinds: dict[Any, tuple[Any, ...]] = {}  # of those at work
         self._resting: dict[tuple[Any, ...], list[Any]] = {}
-        self._services: dict[str, RewardService] = {}
+        self._services: dict[str, "RewardService"] = {}
 
     def settings(self, config: Config, run: str) -> Config:
         """A run's settings with the name that it has. Where processes are kept, no metrics are
@@ -64,8 +66,10 @@ class Crew:
             else:
                 ray.kill(worker)
 
-    def rewards(self, config: Config, run: str) -> RewardService:
+    def rewards(self, config: Config, run: str) -> "RewardService":
         """The reward service of a run; where it is kept, one for each reward and its settings."""
+        from reward_server.service import deploy  # Ray Serve, while the other processes start
+
         limits, kind = config.limits, f"{config.reward} {describe(config.reward)}"
         if kind not in self._services:
             service = deploy(

@@ -81,6 +81,12 @@ class Fleet:
         if late:
             raise FleetError(f"rollout actors not ready after {seconds:.0f} s: {waiting}")
 
+    def meet(self, rewards: RewardClient) -> None:
+        """Have the actors open their way to the reward service while the learner still starts;
+        not waited for, but `ready` comes after it."""
+        for worker in self.workers.values():
+            worker.call.remote("meet", rewards)
+
     def serve(self, queue: Any, rewards: RewardClient) -> None:
         """Set all actors to work."""
         self.queue, self.rewards = queue, rewards

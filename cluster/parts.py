@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -15,7 +15,9 @@ from cluster.run_directory import RunDirectory
 from configs.choices import DataSource, EngineKind
 from configs.schema import Config
 from learner.replay import service as queue_service
-from reward_server.service import RewardService
+
+if TYPE_CHECKING:
+    from reward_server.service import RewardService
 
 EXIT_SECONDS = 10.0
 EXPORT_SECONDS = 120.0
@@ -47,7 +49,7 @@ class Parts:
         self.queue: Any = None
         self._evaluations: Evaluations | None = None
         self.fleet: Fleet | None = None
-        self.rewards: RewardService | None = None
+        self.rewards: "RewardService | None" = None
 
     def start(self, checkpoint: Path | None) -> int:
         """Bring everything up, from a checkpoint if one is given; returns the batch to go on with.
@@ -69,6 +71,7 @@ class Parts:
         self.mark("asked")
         self.rewards = self.crew.rewards(config, self.directory.name)
         self.mark("rewards")
+        self.fleet.meet(self.rewards.client)
         if self.rewards.notice:
             self.say(self.rewards.notice)
         reference, self.current = self.begun(ranks)

@@ -1,5 +1,6 @@
 """A rollout actor's process: the engine that is asked for, and whom it serves."""
 
+import contextlib
 from typing import Any, Protocol, cast
 
 from actors.actor import QueueClient, RewardClient, RolloutActor
@@ -13,6 +14,8 @@ from configs import faults
 from configs.choices import EngineKind, UpdateKind
 from configs.schema import Config
 from learner.replay.clients import ActorQueue
+
+MEET_SECONDS = 10.0
 
 
 class PushedEngine(Protocol):
@@ -37,6 +40,12 @@ class RolloutWorker:
     def ready(self) -> bool:
         """Answers once the engine is built."""
         return True
+
+    def meet(self, rewards: Any) -> None:
+        """Ask the reward service something: Ray Serve is imported here with the handle, and finds
+        its replicas, seconds that the first round need not wait for."""
+        with contextlib.suppress(Exception):  # a service that fails says so when it is to score
+            rewards.describe(timeout_s=MEET_SECONDS)
 
     def push(self, step: str, payload: dict[str, Any]) -> None:
         """One step of weights that the learner pushes; while `run` runs, in another thread."""
