@@ -220,7 +220,7 @@ def _commands_on_methods(command: Command) -> None:
     sub.add_argument("--out", default="runs", metavar="DIR", help="results go to DIR/studies/NAME")
     sub = command("bench", _bench, "measure ours beside a named baseline, in one run")
     names = [
-        "bandit", "kills", "learner", "methods", "overhead", "overlap", "queue", "reward", "soak",
+        "bandit", "kills", "learner", "methods", "overlap", "queue", "reward", "soak",
         "startup", "studies", "trl", "weights",
     ]  # fmt: skip
     sub.add_argument("name", choices=names)

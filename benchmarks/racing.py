@@ -1,0 +1,137 @@
+"""What races of whole runs share: cores to run on, CPU time by process, settings, results.
+
+Runs take turns in kept processes (`cluster.crew`), so that a turn is seconds long and both sides see
+the same machine. Other work on it slows a clock more than it adds CPU time; races show both.
+"""
+
+import json
+import os
+import statistics
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from benchmarks.outside import OURS
+from cluster.crew import Crew
+from cluster.run_directory import describe_environment
+from cluster.train import train
+from configs.errors import ConfigError
+from configs.load import prepare
+
+FOLDER = Path("runs/bench")
+SAMPLE_SECONDS = 0.25
+
+
+def family() -> list[psutil.Process]:
+    """This process and all below it, Ray's daemons and workers among them."""
+    me = psutil.Process()
+    return [me, *me.children(recursive=True)]
+
+
+def pin(cores: Iterable[int]) -> None:
+    """Have every thread of the family run on these cores only; what they start inherits it."""
+    wanted = set(cores)
+    for process in family():
+        tasks = Path(f"/proc/{process.pid}/task")
+        for thread in [int(task.name) for task in tasks.iterdir()] if tasks.exists() else []:
+            try:
+                os.sched_setaffinity(thread, wanted)
+            except ProcessLookupError:
+                pass  # it ended meanwhile
+
+
+def cpu_by_part() -> Counter[str]:
+    """CPU seconds so far of each part of a run; the rest of Ray is `ray`."""
+    out: Counter[str] = Counter()
+    for process in family():
+        try:
+            title, times = " ".join(process.cmdline()), process.cpu_times()
+        except psutil.Error:
+            continue
+        part = next((name for start, name in OURS.items() if title.startswith(start)), "ray")
+        out["driver" if process.pid == os.getpid() else part] += times.user + times.system
+    return out
+
+
+class CpuMeter:
+    """CPU seconds per update by part, between the first and the last line of a run's metrics.
+
+    A thread that looks now and then; what a run takes before and after its training is not in it.
+    """
+
+    def __init__(self, metrics: Path) -> None:
+        self.metrics = metrics
+        self.seen: list[tuple[int, Counter[str]]] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(SAMPLE_SECONDS):
+            lines = self.metrics.read_bytes().count(b"\n") if self.metrics.exists() else 0
+            if lines and lines > (self.seen[-1][0] if self.seen else 0):
+                self.seen.append((lines, cpu_by_part()))
+
+    def per_update(self) -> dict[str, float]:
+        """Empty where the run was over before there was a second look."""
+        if len(self.seen) < 2:
+            return {}
+        (first, before), (last, after) = self.seen[0], self.seen[-1]
+        return {part: (after[part] - before[part]) / (last - first) for part in sorted(after)}
+
+
+def turn(preset: str, overrides: Sequence[str], crew: Crew, folder: str, name: str) -> Any:
+    """A run's summary, with `cpu_per_update` in it. RuntimeError where it did not finish."""
+    config = prepare(preset, [f"run.dir={folder}", f"run.name={name}", *overrides])
+    with CpuMeter(Path(folder) / name / "metrics.jsonl") as meter:
+        summary = train(config, preset, crew)
+    if summary["status"] != "finished":
+        raise RuntimeError(f"the run ended as {summary['status']}: {summary['failure']}")
+    return summary | {"cpu_per_update": meter.per_update()}
+
+
+def own_settings(given: Sequence[str], defaults: dict[str, int]) -> tuple[dict[str, int], list[str]]:
+    """A bench's own settings, positive integers, and the rest, which are the runs'.
+
+    ConfigError, in one line, for a value that cannot be used.
+    """
+    own, rest = dict(defaults), []
+    for text in given:
+        key, _, value = text.partition("=")
+        if key not in defaults:
+            rest.append(text)
+        elif value.isdecimal() and int(value) > 0:
+            own[key] = int(value)
+        else:
+            raise ConfigError(key, value, "not a positive number", f"set {key}={defaults[key]}")
+    return own, rest
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.2f} (from {min(values):.2f} to {max(values):.2f})"
+
+
+def write(name: str, settings: dict[str, int], overrides: list[str], results: Any) -> None:
+    """runs/bench/NAME.json, with the machine."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    out = {
+        "environment": describe_environment(), "settings": settings, "overrides": overrides,
+        "results": results,
+    }  # fmt: skip
+    (FOLDER / f"{name}.json").write_text(json.dumps(out, indent=2) + "\n")
