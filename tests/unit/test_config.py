@@ -54,6 +54,17 @@ def test_a_preset_overrides_its_base_and_overrides_come_last(tmp_path):
     assert (config.objective.name, config.learner.lr, config.learner.warmup) == ("ppo", 0.25, 8)
 
 
+def test_settings_of_two_loads_share_nothing(tmp_path):
+    """Though the file's text and the schema's tree are read once."""
+    path = tmp_path / "lists.yaml"
+    path.write_text("reward:\n  end_tokens: [0]\n")
+    first, second = (load(str(path), []) for _ in range(2))
+    first.reward.end_tokens.append(1)
+    first.learner.lr = 7.0
+    assert second == load(str(path), []) != first
+    assert second.reward.end_tokens == [0]
+
+
 def test_presets_based_on_each_other_are_refused(tmp_path):
     (tmp_path / "one.yaml").write_text("base: two.yaml\n")
     (tmp_path / "two.yaml").write_text("base: one.yaml\n")
