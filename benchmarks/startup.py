@@ -132,7 +132,9 @@ def _cool() -> float:
 
 def _report(rows: list[dict[str, Any]]) -> str:
     """Steps by way, CPU by process, the ratios."""
-    ways = {way: [r for r in rows if r["way"] == way] for way in dict.fromkeys(r["way"] for r in rows)}
+    ways = {
+        way: [r for r in rows if r["way"] == way] for way in dict.fromkeys(r["way"] for r in rows)
+    }
     lines = ["from the command until … (s, median):"]
     for way, of in ways.items():
         lines.append(f"  {way:15} first update {results.spread([r['first_update'] for r in of])}")

@@ -6,6 +6,7 @@ Each function below is a process's work, done in a process of its own.
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -107,15 +108,50 @@ def an_actor_of_offline_data(folder: Path) -> None:
     assert len(inputs.offline_data(config, str(rows))) == 1
 
 
-@pytest.mark.parametrize(
-    "work", [the_queue, the_reward_replica, the_driver, an_actor_of_offline_data]
-)
-def test_a_process_without_a_network_imports_neither_torch_nor_transformers(work, tmp_path):
+def a_rollout_actor(folder: Path) -> None:
+    """The bandit's, from its start to its engine."""
+    from cluster.rollout_worker import RolloutWorker
+    from configs.load import prepare
+
+    assert RolloutWorker(prepare("bandit", []), 0, "", str(folder)).ready()
+
+
+def a_learner_rank(folder: Path) -> None:
+    """The bandit's, what it imports before it is started."""
+    from configs.load import prepare
+    from learner.worker import LearnerWorker
+
+    assert LearnerWorker(prepare("bandit", []), 0, str(folder)).rank == 0
+
+
+SERVE = {"ray.serve", "pandas", "fastapi"}  # while the parts start, and not before they are asked
+OTHERS = {"vllm", "datasets", "peft", "matplotlib", "pandas"}
+
+
+def imported(work: Callable[[Path], None], folder: Path) -> set[str]:
+    """Every module that a process of this work has at its end."""
     program = (
         "import sys; from pathlib import Path; from tests.unit import test_imports; "
         f"test_imports.{work.__name__}(Path(sys.argv[1])); print(*sys.modules)"
     )
-    command = [sys.executable, "-c", program, str(tmp_path)]
+    command = [sys.executable, "-c", program, str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert not HEAVY & set(done.stdout.split())
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("work", [the_queue, the_reward_replica, an_actor_of_offline_data])
+def test_a_process_without_a_network_imports_neither_torch_nor_transformers(work, tmp_path):
+    assert not HEAVY & imported(work, tmp_path)
+
+
+def test_the_driver_asks_for_the_parts_before_it_imports_serve(tmp_path):
+    assert not (HEAVY | SERVE) & imported(the_driver, tmp_path)
+
+
+def test_the_bandits_actor_imports_only_what_it_uses(tmp_path):
+    assert not (OTHERS | {"deepspeed"}) & imported(a_rollout_actor, tmp_path)
+
+
+def test_the_bandits_learner_imports_only_what_it_uses(tmp_path):
+    assert not OTHERS & imported(a_learner_rank, tmp_path)
