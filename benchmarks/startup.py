@@ -30,8 +30,8 @@ LIMIT_SECONDS = 300.0
 SHORT = ["learner.updates=4", "eval.every=4"]  # the first line is written with the first update
 RAYS = {
     "gcs_server": "Ray: gcs", "raylet/raylet": "Ray: raylet", "monitor.py": "Ray: monitors",
-    "dashboard.py": "Ray: dashboard", "DashboardAgent": "Ray: agents", "RuntimeEnvAgent": "Ray: agents",
-    "ServeController": "Serve controller", "-m cluster": "driver",
+    "dashboard.py": "Ray: dashboard", "DashboardAgent": "Ray: agents",
+    "RuntimeEnvAgent": "Ray: agents", "ServeController": "Serve controller", "-m cluster": "driver",
 }  # fmt: skip
 
 

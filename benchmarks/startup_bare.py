@@ -1,4 +1,4 @@
-"""What `bench startup` is measured beside: one process, from its start to the bandit's first update.
+"""What `bench startup` is measured beside: one process, from its start to its first update.
 
     python -m benchmarks.startup_bare
 

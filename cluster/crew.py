@@ -27,7 +27,7 @@ class Crew:
         self.keep = keep
         self._kinds: dict[Any, tuple[Any, ...]] = {}  # of those at work
         self._resting: dict[tuple[Any, ...], list[Any]] = {}
-        self._services: dict[str, "RewardService"] = {}
+        self._services: dict[str, RewardService] = {}
 
     def settings(self, config: Config, run: str) -> Config:
         """A run's settings with the name that it has. Where processes are kept, no metrics are

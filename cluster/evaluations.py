@@ -14,9 +14,6 @@ from cluster.restarts import Restarts, reason
 from configs.schema import Config
 from reward_server.rewards import describe
 
-# Nothing waits for the evaluator but the end: it starts and works in what others leave of a core.
-NICENESS = 10
-
 
 @dataclass
 class _Asked:
@@ -47,7 +44,7 @@ class Evaluations:
         resources = self.config.cluster
         return self.crew.spawn(
             "cluster.evaluate:Evaluator", self.config, self._gold,
-            niceness=NICENESS, num_cpus=resources.evaluator_cpus, num_gpus=resources.evaluator_gpus,
+            num_cpus=resources.evaluator_cpus, num_gpus=resources.evaluator_gpus,
             **self.placement.options("evaluator"),
         )  # fmt: skip
 

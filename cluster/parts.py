@@ -49,7 +49,7 @@ class Parts:
         self.queue: Any = None
         self._evaluations: Evaluations | None = None
         self.fleet: Fleet | None = None
-        self.rewards: "RewardService | None" = None
+        self.rewards: RewardService | None = None
 
     def start(self, checkpoint: Path | None) -> int:
         """Bring everything up, from a checkpoint if one is given; returns the batch to go on with.

@@ -1,7 +1,6 @@
 """Ray actors whose code is imported where they run, so that the driver starts without torch."""
 
 import gc
-import os
 from importlib import import_module
 from typing import Any
 
@@ -11,10 +10,7 @@ import ray
 class Host:
     """A process with one object in it; `call` calls its methods."""
 
-    niceness = 0
-
     def __init__(self, target: str, *arguments: Any) -> None:
-        os.nice(self.niceness)
         module, name = target.split(":")
         gc.disable()  # what a module makes at its import stays: to look through it is for nothing
         self.kind = getattr(import_module(module), name)
@@ -46,11 +42,11 @@ class Host:
             self.failure = error
 
 
-def spawn(target: str, *arguments: Any, niceness: int = 0, **options: Any) -> Any:
+def spawn(target: str, *arguments: Any, **options: Any) -> Any:
     """A Ray actor holding `module:Class` of these arguments; `.call.remote("method", …)`.
 
     Ray's logs and the process's title have the class's name. options: those of Ray's actors
-    (num_cpus, num_gpus, …). niceness: the process's, from before its imports on.
+    (num_cpus, num_gpus, …).
     """
-    named = type(target.split(":")[1], (Host,), {"niceness": niceness})
+    named = type(target.split(":")[1], (Host,), {})
     return ray.remote(named).options(**options).remote(target, *arguments)
