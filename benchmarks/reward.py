@@ -55,9 +55,10 @@ def main(overrides: list[str]) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, connection.connected(ClusterConfig()):
         record: dict[str, Any] = {"settings": own}
-        record["efficiency"] = efficiency(_model(Path(folder)), own)
-        record["latency"] = latency(own["calls"], own["repeats"])
-        record["overload"] = overload(own["flood"])
+        with deploy(RewardConfig(), "bench-peak", START_SECONDS) as peak:  # keeps Serve up
+            record["latency"] = latency(peak.client, own["calls"], own["repeats"])
+            record["efficiency"] = efficiency(_model(Path(folder)), own)
+            record["overload"] = overload(own["flood"])
     print(_report(record))
     results.write("reward", record)
 
@@ -116,22 +117,23 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def latency(calls: int, repeats: int) -> list[dict[str, float]]:
+def latency(client: RewardClient, calls: int, repeats: int) -> list[dict[str, float]]:
     """Milliseconds of a lease alone, the bandit's reward: direct, served, median and 95%."""
-    config, pairs = RewardConfig(), _pairs(10)
-    direct, rows = InProcess(config), []
-    with deploy(config, "bench-peak", START_SECONDS) as service:
-        service.client.score(*pairs, WAIT_SECONDS)
-        for _ in range(repeats):
-            one = [1e3 * _seconds(lambda: direct.score(*pairs)) for _ in range(calls)]
-            ask: Callable[[], object] = lambda: service.client.score(*pairs, WAIT_SECONDS)  # noqa: E731
-            other = [1e3 * _seconds(ask) for _ in range(calls)]
-            rows.append({
-                "direct_ms": statistics.median(one),
-                "served_ms": statistics.median(other),
-                "served_95_ms": float(np.quantile(other, 0.95)),
-                "added_ms": statistics.median(other) - statistics.median(one),
-            })  # fmt: skip
+    direct, pairs, rows = InProcess(RewardConfig()), _pairs(10), []
+
+    def ask() -> object:
+        return client.score(*pairs, WAIT_SECONDS)
+
+    ask()
+    for _ in range(repeats):
+        one = [1e3 * _seconds(lambda: direct.score(*pairs)) for _ in range(calls)]
+        other = [1e3 * _seconds(ask) for _ in range(calls)]
+        rows.append({
+            "direct_ms": statistics.median(one),
+            "served_ms": statistics.median(other),
+            "served_95_ms": float(np.quantile(other, 0.95)),
+            "added_ms": statistics.median(other) - statistics.median(one),
+        })  # fmt: skip
     return rows
 
 
