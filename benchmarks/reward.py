@@ -10,6 +10,7 @@ Settings: repeats=5, batches=20 (a turn), batch=256, callers=16, calls=200 (for 
 flood=800 (leases at once).
 """
 
+import logging
 import statistics
 import tempfile
 import threading
@@ -53,6 +54,7 @@ def main(overrides: list[str]) -> None:
     if rest:
         raise ValueError(f"{rest[0]}: the settings are {', '.join(DEFAULTS)}")
     torch.set_num_threads(1)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # a line for each request it sheds
     with tempfile.TemporaryDirectory() as folder, connection.connected(ClusterConfig()):
         record: dict[str, Any] = {"settings": own}
         with deploy(RewardConfig(), "bench-peak", START_SECONDS) as peak:  # keeps Serve up

@@ -21,6 +21,8 @@ from cluster.train import train
 from configs.load import prepare
 from tests.harness import Local, settings
 
+STEPS = ["inputs", "ray", "asked", "rewards", "learner", "actors", "first_update"]  # of a start
+
 
 def run(
     folder: Path, preset: str, *overrides: str, crew: Crew | None = None
@@ -51,6 +53,8 @@ def test_the_bandit_learns_and_writes_what_a_run_writes(ray_cluster, tmp_path):
     assert summary["reuse"]["histogram"] == {str(reuse): 600 for reuse in range(1, 11)}
     assert summary["ledger"]["retired"]["exhausted"] == summary["ledger"]["issued"] == 600
     assert balanced(summary["ledger"]) and summary["updates"] == 60
+    steps = summary["startup"]["seconds"]
+    assert list(steps) == STEPS and list(steps.values()) == sorted(steps.values())
     names = {
         "age",
         "reuse",
