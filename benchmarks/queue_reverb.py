@@ -18,6 +18,7 @@ import reverb
 from benchmarks.queue_payload import MEMBERS, block_of, columns
 
 TABLE = "rollouts"
+PATIENCE = 300.0  # seconds for any one answer
 FORK = multiprocessing.get_context("fork")
 
 
@@ -57,11 +58,11 @@ def consume(pipe: Any, port: int, job: dict[str, Any]) -> None:
     client = reverb.Client(f"localhost:{port}")
     pipe.send("ready")
     pipe.recv()
-    items = job["samples"] // (job["lease"] * MEMBERS)
-    done, started = 0, time.perf_counter()
-    for item in client.sample(TABLE, num_samples=items, emit_timesteps=False):
-        done += item.data["reward_N"].size
-    pipe.send((done, time.perf_counter() - started))
+    rollouts = job["lease"] * MEMBERS
+    items, started = job["samples"] // rollouts, time.perf_counter()
+    done = sum(1 for _ in client.sample(TABLE, num_samples=items, emit_timesteps=False))
+    assert done == items, f"{done} of {items} items"
+    pipe.send((done * rollouts, time.perf_counter() - started))
 
 
 def together(what: Callable[..., None], count: int, port: int, job: dict[str, Any]) -> float:
@@ -71,16 +72,24 @@ def together(what: Callable[..., None], count: int, port: int, job: dict[str, An
         here, there = FORK.Pipe()
         process = FORK.Process(target=what, args=(there, port, job))
         process.start()
+        there.close()  # so that the end of a process that fails is seen
         processes.append(process)
         pipes.append(here)
     for pipe in pipes:
-        pipe.recv()
+        _answer(pipe)
     for pipe in pipes:
         pipe.send("go")
-    answers = [pipe.recv() for pipe in pipes]
+    answers = [_answer(pipe) for pipe in pipes]
     for process in processes:
         process.join()
     return sum(done for done, _ in answers) / max(seconds for _, seconds in answers)
+
+
+def _answer(pipe: Any) -> Any:
+    """EOFError where its process ended, TimeoutError where it says nothing."""
+    if not pipe.poll(PATIENCE):
+        raise TimeoutError(f"a process has not answered for {PATIENCE:.0f} s")
+    return pipe.recv()
 
 
 def measure(job: dict[str, Any]) -> float:
@@ -88,8 +97,9 @@ def measure(job: dict[str, Any]) -> float:
     here, there = FORK.Pipe()
     server = FORK.Process(target=serve, args=(there,))
     server.start()
+    there.close()
     try:
-        port = here.recv()
+        port = _answer(here)
         if job["do"] == "insert":
             return together(produce, job["producers"], port, {**job, "rollouts": 10**12})
         together(produce, 1, port, {**job, "rollouts": job["fill"], "seconds": 600.0})
