@@ -35,6 +35,16 @@ class Lease:
         """The probe text with the learner's scores under these weights."""
         return self.weights[1] if self.weights is not None and len(self.weights) > 1 else None
 
+    def __reduce__(self) -> Any:
+        """As plain numbers between processes: an object within costs more than all of them."""
+        flat = [number for group in self.groups for number in group]
+        return _lease, (self.id, flat, tuple(self.version), self.weights)
+
+
+def _lease(id_: int, flat: list[int], version: tuple[int, int], weights: Any) -> Lease:
+    groups = tuple(GroupId(*pair) for pair in zip(flat[::2], flat[1::2]))
+    return Lease(id_, groups, Version(*version), weights)
+
 
 class Scores(Protocol):
     """Rewards [n] float32, NaN exactly where `failures` states why there is none; and whose."""
