@@ -189,7 +189,9 @@ class Bench:
         tokens, lease = self.own.tokens[0], self.own.lease[0]
         ray.get(self.producers[0].load.remote(lease, tokens, self.own.in_flight))
         queues = {count: self.queue(lease) for count in self.own.held if count}
-        rows = {count: {"held": count, "insert": [], "sample": []} for count in queues}
+        rows: dict[int, dict[str, Any]] = {
+            count: {"held": count, "insert": [], "sample": []} for count in queues
+        }
         for _ in range(self.own.turns):
             for count, queue in queues.items():
                 self._fill(queue, count, rows[count])

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from typing import Any
 
 import psutil
@@ -32,7 +32,7 @@ class BenchQueue(QueueService, Measured):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.spent: Counter[str] = Counter()
+        self.spent: defaultdict[str, float] = defaultdict(float)
 
     async def begin(self, rollouts: int, tokens: int) -> None:
         """An empty queue with so many rollouts put into it, by leases as they are issued."""
