@@ -9,7 +9,6 @@ ratios are of tokens (prompt and response, padding not counted) per second of it
 turn, which other processes on the machine disturb less than they do a clock's.
 """
 
-import json
 import socket
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from actors.rollout import Rollouts, offsets
+from benchmarks import results
 from configs.load import prepare
 from learner.batch import Padded, conditionals, pad, token_logps
 from learner.engine import join, leave
@@ -131,13 +131,9 @@ def main(overrides: list[str]) -> None:
         print(f"{name:>18}: {statistics.median(rates):7.0f} tokens/CPU s (from {rates[0]:.0f} to "
               f"{rates[-1]:.0f})")  # fmt: skip
     for one, other in PAIRS:
-        ratios = sorted(b / a for a, b in zip(seconds[one], seconds[other]))
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"{one} / {other} = {middle:.2f} (quartiles {low:.2f} to {high:.2f}, all from "
-              f"{ratios[0]:.2f} to {ratios[-1]:.2f}, {TURNS} turns)")  # fmt: skip
-    target = Path("runs/bench")
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "learner.json").write_text(json.dumps(seconds, indent=2) + "\n")
+        faster = results.ratios(seconds[other], seconds[one])
+        print(f"{one} / {other} = {results.spread(faster)}, {TURNS} turns")
+    results.write("learner", seconds)
 
 
 def _measure(block: Rollouts, overrides: list[str]) -> dict[str, list[float]]:

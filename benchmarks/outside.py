@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import psutil
 
+from benchmarks import results
+
 N = TypeVar("N", int, float)
 
 OURS = {  # Ray's title of each process that may die → what it is
@@ -126,8 +128,4 @@ def write(name: str, record: dict[str, Any]) -> Path:
     """Keep a record under runs/bench/."""
     from cluster.run_directory import describe_environment
 
-    target = Path("runs/bench") / f"{name}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    record = {"environment": describe_environment(), **record}
-    target.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return target
+    return results.write(name, {"environment": describe_environment(), **record})
