@@ -29,8 +29,11 @@ def exact_kl(logp_NLV: Tensor, logq_NLV: Tensor, mask_NL: Tensor) -> Tensor:
     `exact_kl(θ, gen)` is KL(π_θ‖π_gen), `exact_kl(gen, θ)` is KL(π_gen‖π_θ). A token that p gives
     no mass adds 0; one that only q gives none makes it ∞.
     """
-    supported_NLV = (logp_NLV > -torch.inf) & mask_NL.unsqueeze(-1)
-    return masked(logp_NLV.exp() * (logp_NLV - logq_NLV), supported_NLV).sum(-1)
+    kl_NL = torch.linalg.vecdot(logp_NLV.exp(), logp_NLV - logq_NLV)
+    if bool(torch.isnan(kl_NL).any()):  # tokens without mass, at 0·(−∞), or NaN beneath the mask
+        supported_NLV = (logp_NLV > -torch.inf) & mask_NL.unsqueeze(-1)
+        return masked(logp_NLV.exp() * (logp_NLV - logq_NLV), supported_NLV).sum(-1)
+    return masked(kl_NL, mask_NL)
 
 
 def kl_from_generator(logp_NL: Tensor, generator_logp_NL: Tensor, mask_NL: Tensor) -> Tensor:
