@@ -113,7 +113,7 @@ class Learner:
         """
         started = time.perf_counter()
         dropout = stream_key(self.config.seed, f"dropout/{batch.number}/{self.rank}")
-        torch.manual_seed(dropout >> 1)
+        self._seed(dropout >> 1)
         if self.conditionals is not None and batch.round != self.round:
             self.conditionals.start_round()
         first_pass, self.round = batch.round != self.round, batch.round
@@ -147,6 +147,12 @@ class Learner:
             queue=batch.measures,
         )
         return record, derived
+
+    def _seed(self, value: int) -> None:
+        """`torch.manual_seed` without the stack traces that it keeps for devices not there."""
+        torch.default_generator.manual_seed(value)
+        if self.engine.device.type == "cuda":
+            torch.cuda.manual_seed_all(value)
 
     def _accumulate(
         self, batch: Batch, notes: Signals
