@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from actors.actor import Lease
-from actors.rollout import OFFLINE_STEP, GroupId, Rollouts, Version, concatenate
+from actors.rollout import OFFLINE_STEP, GroupId, Rollouts, Version
 from learner.replay.ledger import Ledger
 from learner.replay.line import Line, QueueError, Rules
 from learner.replay.lineage import Lineages
-from learner.replay.records import Batch, Held, Open, index
+from learner.replay.records import Batch, Held, Open, columns, index
 from learner.replay.staleness import Plan
 
 
@@ -118,14 +118,13 @@ class ReplayQueue:
         batch = self._open[number]
         each = -(-self.plan.groups_per_batch // self.ranks)
         mine = batch.ids[rank * each : (rank + 1) * each]
-        parts = [self.held[group].columns() for group in mine]
         return Batch(
             lineage=lineage,
             number=number,
             step=batch.step,
             round=batch.round,
             first=rank * each * self.plan.members,
-            block=concatenate(parts) if parts else None,
+            block=columns([self.held[group] for group in mine]),
             index=batch.index,
             round_rewards=self.rounds[batch.round][1],
             measures=batch.measures,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.rollout import VALID, GroupId, Rollouts
+from actors.rollout import VALID, GroupId, Rollouts, concatenate
 
 
 @dataclass
@@ -48,17 +48,34 @@ class Held:
         offset_G1 = self.block.prompt_offset_G1
         return int(offset_G1[self.place + 1] - offset_G1[self.place])
 
-    def columns(self) -> Rollouts:
-        """The group as a block of its own, of views, with what the learner derived."""
-        columns = self.block.select(self.place, self.place + 1)
-        columns.derived = dict(self.derived)
-        return columns
-
     def rows(self, column: str) -> np.ndarray:
         """The group's C values of a rollout column of its block."""
         members = self.block.members
         whole: np.ndarray = getattr(self.block, column)
         return whole[self.place * members : (self.place + 1) * members]
+
+
+def columns(held: Sequence[Held]) -> Rollouts | None:
+    """The groups as one block, with what the learner derived for all of them; None for none.
+
+    Neighbours of one block are cut out of it together, as views: a lease is usually consumed whole.
+    """
+    runs: list[list[Held]] = []
+    for group in held:
+        last = runs[-1][-1] if runs else None
+        if last is not None and last.block is group.block and last.place + 1 == group.place:
+            runs[-1].append(group)
+        else:
+            runs.append([group])
+    return concatenate([_run(run) for run in runs]) if runs else None
+
+
+def _run(held: list[Held]) -> Rollouts:
+    """Groups that stand side by side in one block."""
+    out = held[0].block.select(held[0].place, held[-1].place + 1)
+    shared = set(held[0].derived).intersection(*(group.derived for group in held[1:]))
+    out.derived = {n: np.concatenate([h.derived[n] for h in held]) for n in sorted(shared)}
+    return out
 
 
 @dataclass(frozen=True)
