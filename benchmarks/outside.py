@@ -90,9 +90,13 @@ class OutsideRun:
         return False
 
     def finish(self, seconds: float) -> dict[str, Any]:
-        """Wait for its end; returns its summary."""
+        """Wait for its end; returns its summary. RuntimeError with its last words without one."""
         self.process.wait(seconds)
-        summary: dict[str, Any] = json.loads((self.directory / "summary.json").read_text())
+        path = self.directory / "summary.json"
+        if not path.exists():
+            words = self.log.read_text(errors="replace").strip().splitlines()[-3:]
+            raise RuntimeError(f"{self.name} ended without a summary: {' / '.join(words)}")
+        summary: dict[str, Any] = json.loads(path.read_text())
         return summary
 
 
