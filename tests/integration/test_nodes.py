@@ -89,7 +89,7 @@ def ended(run: subprocess.Popen[str]) -> str:
 
 
 def wait_for_updates(run: subprocess.Popen[str], metrics: Path, count: int) -> None:
-    until = time.monotonic() + 200
+    until = time.monotonic() + 400  # a start, on a busy machine
     while not metrics.exists() or len(metrics.read_text().splitlines()) < count:
         assert run.poll() is None and time.monotonic() < until, ended(run)
         time.sleep(0.1)
@@ -109,7 +109,7 @@ def test_what_the_cluster_has_no_room_for_is_said_and_ends_the_run(nodes, tmp_pa
     assert "limits.placement_seconds=2" in failure and "\n" not in failure
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_parts_land_where_settings_say_and_a_lost_node_costs_one_actor_and_nothing_else(
     nodes, tmp_path
 ):
