@@ -6,12 +6,12 @@ Both have the preset's B, C, M, T, network and optimizer. Two questions:
 - *lockstep, one core*: what does the system cost? Both sides are confined to one core: the bare
   loop's process, and of the system all processes with all their threads, Ray's daemons too
   (`racing.pin`). There is nothing to overlap with, so the ratio is at most 1.
-- *pipelined, two cores*: what does it give, once actors and learner have a core each? One actor,
-  B = M, T = 1; the same bare loop on one core, since torch's second thread slows such a small
+- *pipelined, two cores*: what does it give, once actors and learner have a core each? One actor, B
+  = M, T = 1; the same bare loop on one core, since torch's second thread slows such a small
   network.
 
-All take turns, in kept processes. Rates are updates per second from the first batch that is asked for
-to the last evaluation; compiling, fitting π_ref and starting are not in it.
+All take turns, in kept processes. Rates are updates per second from the first batch that is asked
+for to the last evaluation; compiling, fitting π_ref and starting are not in it.
 """
 
 import os
@@ -42,20 +42,20 @@ def main(overrides: list[str]) -> None:
     cores = sorted(os.sched_getaffinity(0))
     rows: list[dict[str, Any]] = []
     crew = Crew(keep=True)
-    with tempfile.TemporaryDirectory() as folder:
-        with connection.connected(prepare("bandit", rest).cluster):
-            try:
-                for name in WORKLOADS:  # processes start, networks are fitted
-                    _pair(name, 20, rest, crew, f"{folder}/warm", cores, warm=True)
-                for turn in range(own["turns"]):
-                    for name in WORKLOADS:
-                        updates = round(WORKLOADS[name][2] * own["updates"])
-                        row = _pair(name, updates, rest, crew, f"{folder}/{turn}", cores)
-                        rows.append({"turn": turn, **row})
-                        print(_line(rows[-1]), flush=True)
-            finally:
-                racing.pin(cores)
-                crew.end()
+    ray_up = connection.connected(prepare("bandit", rest).cluster)
+    with tempfile.TemporaryDirectory() as folder, ray_up:
+        try:
+            for name in WORKLOADS:  # processes start, networks are fitted
+                _pair(name, 20, rest, crew, f"{folder}/warm", cores, warm=True)
+            for turn in range(own["turns"]):
+                for name in WORKLOADS:
+                    updates = round(WORKLOADS[name][2] * own["updates"])
+                    row = _pair(name, updates, rest, crew, f"{folder}/{turn}", cores)
+                    rows.append({"turn": turn, **row})
+                    print(_line(rows[-1]), flush=True)
+        finally:
+            racing.pin(cores)
+            crew.end()
     print(_parts(rows))
     for name in WORKLOADS:
         print(_verdict(name, [row for row in rows if row["workload"] == name]))

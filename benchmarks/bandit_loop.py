@@ -1,11 +1,11 @@
 """Algorithm 1 on the bandit as one would write it in a single process: transformers, torch, Adam.
 
 It does a run's work and nothing else: responses by `forward` with a KV cache, analytic reward, T
-passes over the B samples in minibatches of M, at each step the divergences that the learner measures
-(KL to and from π_gen and to π_ref, exact at each prefix, and the ESS), and evaluations. π_gen's
-distributions are kept from generation and π_ref's are computed once a round, so no forward pass is
-made that a careful author would save. No version, no queue, no file.
-Shapes: N rollouts, L response tokens, V vocabulary, G groups of C.
+passes over the B samples in minibatches of M, at each step the divergences that the learner
+measures (KL to and from π_gen and to π_ref, exact at each prefix, and the ESS), and evaluations.
+π_gen's distributions are kept from generation and π_ref's are computed once a round, so no forward
+pass is made that a careful author would save. No version, no queue, no file. Shapes: N rollouts, L
+response tokens, V vocabulary, G groups of C.
 """
 
 import time

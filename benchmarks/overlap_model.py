@@ -1,13 +1,14 @@
 """A model, and no measurement: rounds, leases and admission as a discrete-event simulation.
 
 Driven by stage times, it says how long an optimizer step takes and how much of the time actors and
-learner wait. `bench overlap` feeds it measured times and shows its figures beside real runs with 1 …
-4 actors; `at_scale` feeds it long-tailed response lengths on 128 GPUs, which nobody here has.
+learner wait. `bench overlap` feeds it measured times and shows its figures beside real runs with 1
+… 4 actors; `at_scale` feeds it long-tailed response lengths on 128 GPUs, which nobody here has.
 
 What it keeps of the system: leases in issue order, each generated whole by one of an actor's slots;
-admission by `replay.max_age` (law 6); lockstep, where a round's leases wait for the batch before it;
-a round is taken up whole; weights are there `publish` seconds after the step. What it leaves out: failures, restarts, skipped steps, evaluations, checkpoints; stages that
-slow each other down, as more processes than cores do.
+admission by `replay.max_age` (law 6); lockstep, where a round's leases wait for the batch before
+it; a round is taken up whole; weights are there `publish` seconds after the step. What it leaves
+out: failures, restarts, skipped steps, evaluations, checkpoints; stages that slow each other down,
+as more processes than cores do.
 """
 
 import heapq
@@ -110,7 +111,7 @@ def _outcome(
     inside = np.minimum(end_at, last) - np.maximum(began_at, first)
     busy = float(inside.clip(0.0).sum())
     steps = done[warm * s :] - system.publish - began[warm * s :]
-    version = np.array([int((done <= start).sum()) for start in began_at])
+    version = np.searchsorted(done, began_at, side="right")  # steps whose weights were there
     oldest = version.reshape(rounds, system.leases).min(1)
     newest = version.reshape(rounds, system.leases).max(1)
     number = np.arange(rounds)[warm:]
@@ -129,11 +130,12 @@ def _outcome(
 class Cluster:
     """128 GPUs and what is assumed of them; times in units of one mean response on one GPU's slot.
 
-    Half of the GPUs generate and half train, one actor to a GPU. A response takes time in proportion
-    to its length, whatever else its GPU has in hand (decoding is bound by memory, not by sums).
-    Lengths are log-normal, cut at `longest`, drawn anew for each response. Training takes time in
-    proportion to the round's tokens and is spread evenly over its GPUs; at the mean it takes
-    `balance` times as long as generation would without its tail. Weights take `publish`.
+    Half of the GPUs generate and half train, one actor to a GPU. A response takes time in
+    proportion to its length, whatever else its GPU has in hand (decoding is bound by memory,
+    not by sums). Lengths are log-normal, cut at `longest`, drawn anew for each response.
+    Training takes time in proportion to the round's tokens and is spread evenly over its GPUs;
+    at the mean it takes `balance` times as long as generation would without its tail. Weights
+    take `publish`.
     """
 
     gpus: int = 128
@@ -170,7 +172,8 @@ def at_scale(cluster: Cluster, max_age: int, rounds: int = 40, seed: int = 0) ->
         """share: of the GPUs that train, in halves."""
         return simulate(
             System(
-                leases=cluster.round, batches=1, actors=actors, slots=cluster.slots, lease=lambda n: float(length.flat[n]),
+                leases=cluster.round, batches=1, actors=actors, slots=cluster.slots,
+                lease=lambda n: float(length.flat[n]),
                 step=lambda n: float(train_R[n]) / share, max_age=age, publish=cluster.publish,
             ),
             rounds, warm=max_age + 2,
@@ -186,9 +189,13 @@ def at_scale(cluster: Cluster, max_age: int, rounds: int = 40, seed: int = 0) ->
     )  # fmt: skip
 
 
-def scale_table(ages: tuple[int, ...] = (1, 2, 4, 8), sigmas: tuple[float, ...] = (0.0, 0.6, 1.0)) -> str:
+def scale_table(
+    ages: tuple[int, ...] = (1, 2, 4, 8), sigmas: tuple[float, ...] = (0.0, 0.6, 1.0)
+) -> str:
     """`at_scale` by tail and budget, as text."""
-    lines = ["  sigma  max_age  over lockstep, same halves  over colocated  actors idle  learner idle"]
+    lines = [
+        "  sigma  max_age  over lockstep, same halves  over colocated  actors idle  learner idle"
+    ]
     for sigma in sigmas:
         for age in ages:
             got = at_scale(Cluster(sigma=sigma), age)

@@ -1,9 +1,10 @@
 """What races of whole runs share: cores to run on, CPU time by process, settings, results.
 
-Runs take turns in kept processes (`cluster.crew`), so that a turn is seconds long and both sides see
-the same machine. Other work on it slows a clock more than it adds CPU time; races show both.
+Runs take turns in kept processes (`cluster.crew`), so that a turn is seconds long and both sides
+see the same machine. Other work on it slows a clock more than it adds CPU time; races show both.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -24,7 +25,7 @@ from configs.errors import ConfigError
 from configs.load import prepare
 
 FOLDER = Path("runs/bench")
-SAMPLE_SECONDS = 0.25
+SAMPLE_SECONDS = 1.0  # a look takes some 10 ms
 
 
 def family() -> list[psutil.Process]:
@@ -39,10 +40,8 @@ def pin(cores: Iterable[int]) -> None:
     for process in family():
         tasks = Path(f"/proc/{process.pid}/task")
         for thread in [int(task.name) for task in tasks.iterdir()] if tasks.exists() else []:
-            try:
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
                 os.sched_setaffinity(thread, wanted)
-            except ProcessLookupError:
-                pass  # it ended meanwhile
 
 
 def cpu_by_part() -> Counter[str]:
@@ -105,7 +104,9 @@ def turn(preset: str, overrides: Sequence[str], crew: Crew, folder: str, name: s
     return summary | {"cpu_per_update": meter.per_update()}
 
 
-def own_settings(given: Sequence[str], defaults: dict[str, int]) -> tuple[dict[str, int], list[str]]:
+def own_settings(
+    given: Sequence[str], defaults: dict[str, int]
+) -> tuple[dict[str, int], list[str]]:
     """A bench's own settings, positive integers, and the rest, which are the runs'.
 
     ConfigError, in one line, for a value that cannot be used.

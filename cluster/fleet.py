@@ -45,6 +45,7 @@ class Fleet:
         self.on_restart: Callable[[dict[int, Any]], None] = lambda workers: None
         self.workers = {index: self._start(index) for index in range(actors)}
         self.running: dict[Any, int] = {}
+        self.spent: dict[int, dict[str, float]] = {}  # what actors that came back said, by part
         self.started: dict[int, float] = {}  # when an actor was set to work
         self.known: dict[int, float] = {}  # when the queue last knew of it
         self.due: dict[int, float] = {}  # when an actor is to be started, again or at all
@@ -108,7 +109,7 @@ class Fleet:
         for call in _done(self.running, 0.0):
             index = self.running.pop(call)
             try:
-                ray.get(call)
+                self.spent[index] = ray.get(call)
             except ray.exceptions.RayError as error:
                 lines.append(self._restart(index, reason(error)))
         now, limits = time.monotonic(), self.config.limits
@@ -188,8 +189,7 @@ class Fleet:
 
     def finish(self, seconds: float) -> dict[int, dict[str, float]]:
         """Wait for actors to see that the run is over; seconds spent per part, by actor."""
-        calls = dict(self.running)
-        spent = {}
+        calls, spent = dict(self.running), dict(self.spent)
         for call in _done(calls, seconds):
             try:
                 spent[calls[call]] = ray.get(call)

@@ -56,3 +56,12 @@ def test_a_queue_that_comes_back_and_knows_nobody_yet_costs_no_actor(fleet):
     assert fleet.watch({}) == []  # it started long ago, and was known ten seconds ago
     Clock.now = 1_301.0
     assert fleet.watch({}) == ["no word of it for 300 s"]
+
+
+def test_what_an_actor_that_came_back_early_said_of_its_time_is_kept(fleet, monkeypatch):
+    """The watch may see that an actor is done before the run's end asks it."""
+    seconds = {"lease": 1.0, "generate": 2.0}
+    monkeypatch.setattr(module, "_done", lambda calls, seconds: list(calls))
+    monkeypatch.setattr(module.ray, "get", lambda call: seconds)
+    assert fleet.watch({0: 0.0}) == [] and not fleet.running
+    assert fleet.finish(0.0) == {0: seconds}
