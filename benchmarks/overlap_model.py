@@ -118,7 +118,7 @@ def _outcome(
     return Outcome(
         step_seconds=float(seconds / ((rounds - warm) * s)),
         actor_idle=1.0 - busy / (seconds * system.actors * system.slots),
-        learner_idle=1.0 - float(steps.sum()) / float(seconds),
+        learner_idle=max(0.0, 1.0 - float(steps.sum()) / float(seconds)),
         ages=(
             int((number * s - newest[warm:]).min()),
             int((number * s + s - 1 - oldest[warm:]).max()),
