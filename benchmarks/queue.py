@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import ray
 
 from benchmarks import queue_other, results
-from benchmarks.queue_other import Reverb
 from benchmarks.queue_parts import AsyncList, BenchQueue, Consumer, PlainList, Producer
 from benchmarks.queue_payload import MEMBERS, block_of
 from benchmarks.queue_table import held_table, rate_table

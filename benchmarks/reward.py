@@ -70,8 +70,9 @@ def _model(folder: Path) -> str:
     torch.manual_seed(0)
     shape = GPTNeoXConfig(
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=4, max_position_embeddings=2 * LENGTH, num_labels=1, pad_token_id=0,
+        num_attention_heads=4, max_position_embeddings=2 * LENGTH, pad_token_id=0,
     )  # fmt: skip
+    shape.num_labels = 1
     AutoModelForSequenceClassification.from_config(shape).save_pretrained(folder)
     return str(folder)
 
