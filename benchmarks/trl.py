@@ -23,7 +23,7 @@ from cluster import connection
 from cluster.train import train
 from configs.load import prepare
 
-TURNS, UPDATES = 3, 30
+TURNS, UPDATES = 3, 20
 RESPONSES, TOKENS, PROMPT = 64, 64, 8
 VOCABULARY = 1024
 GROUPS = {"rloo": 8, "online_dpo": 2}  # responses to a prompt
@@ -71,6 +71,7 @@ def theirs(folder: Path, method: str) -> Clock:
         "output_dir": str(folder / "trl"), "max_steps": UPDATES, "use_cpu": True, "bf16": False,
         "learning_rate": 1e-4, "gradient_checkpointing": False, "report_to": "none",
         "logging_steps": 10**6, "save_strategy": "no", "disable_tqdm": True, "temperature": 1.0,
+        "max_grad_norm": 0.0,
     }  # fmt: skip
     if method == "rloo":
         from trl import RLOOConfig

@@ -68,10 +68,12 @@ def rloo_trainer() -> type:
 
 
 def _of_rloo(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Our gradient of TRL's batch; its prompts are of one length."""
+    """Our gradient of TRL's batch."""
     token_NL, mask_NL = inputs["completion_ids"], inputs["completion_mask"].bool()
     text_NT = torch.cat([inputs["prompt_ids"], token_NL], 1)
-    logits_NLV = model(text_NT).logits[:, inputs["prompt_ids"].shape[1] - 1 : -1]
+    there_NT = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    outputs = model(text_NT, attention_mask=there_NT)
+    logits_NLV = outputs.logits[:, inputs["prompt_ids"].shape[1] - 1 : -1]
     logp_NL = logits_NLV.log_softmax(-1).gather(-1, token_NL[..., None])[..., 0]
     spread_N1 = (inputs["old_logps"] / mask_NL.sum(1))[:, None]  # a sequence's ratio reads the sum
     valid_N = torch.ones(len(token_NL), dtype=torch.bool)
