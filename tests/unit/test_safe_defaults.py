@@ -19,8 +19,9 @@ from tests.unit.test_fuzz_endpoint import AUTHORISED, LIMIT, TOKEN, ask, scope
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("configs", "actors", "reward_server", "learner", "cluster")
-# CUDA handles, from the learner's process to the engine's on one GPU, over Ray's own calls.
-PICKLES = {"actors/vllm_transfer.py", "learner/vllm_push.py"}
+# CUDA handles, from the learner's process to the engine's on one GPU, over Ray's own calls; and the
+# tree of settings, which the same process has pickled a moment before.
+PICKLES = {"actors/vllm_transfer.py", "learner/vllm_push.py", "configs/load.py"}
 
 
 @functools.cache
