@@ -2,10 +2,10 @@
 lengths and cores.
 
 64 responses of up to 64 tokens a step (RLOO 8 to a prompt, DPO 2), one pass, Adam, a reward on
-token ids; both look at π_ref. TRL 1.16 generates with transformers in one process. Ours goes
-through actor, reward service, queue and learner: in lockstep, and pipelined. All take turns; each
-is timed from its second step on. In the first, our objective's gradient is compared with TRL's, on
-TRL's own tensors.
+token ids; both look at π_ref. TRL 1.16 generates with transformers in one process, on both cores.
+Ours goes through actor, reward service, queue and learner, in kept processes: in lockstep, each with
+two threads, and pipelined, with one. All take turns; each is timed without its start. In TRL's first
+step our objective's gradient is compared with TRL's, on TRL's own tensors.
 """
 
 import json
@@ -20,10 +20,11 @@ from transformers import GPTNeoXConfig
 from actors import policy
 from benchmarks.trl_trainers import Clock, online_dpo_trainer, race, rloo_trainer
 from cluster import connection
+from cluster.crew import Crew
 from cluster.train import train
 from configs.load import prepare
 
-TURNS, UPDATES = 3, 20
+TURNS, UPDATES = 3, 16
 RESPONSES, TOKENS, PROMPT = 64, 64, 8
 VOCABULARY = 1024
 GROUPS = {"rloo": 8, "online_dpo": 2}  # responses to a prompt
@@ -95,7 +96,7 @@ def theirs(folder: Path, method: str) -> Clock:
     )  # fmt: skip
 
 
-def ours(folder: Path, method: str, more: list[str]) -> float:
+def ours(folder: Path, method: str, crew: Crew, more: list[str]) -> float:
     """Our responses per second."""
     config = prepare({"rloo": "bandit_ppo", "online_dpo": "bandit_dpo"}[method], [
         f"run.dir={folder}/runs", f"policy.path={folder}/model", "prompts.source=jsonl",
@@ -106,7 +107,7 @@ def ours(folder: Path, method: str, more: list[str]) -> float:
         "reward.kind=function", "reward.path=benchmarks.trl:score", "eval.every=0",
         "checkpoint.seconds=0", "learner.exact_kl=false", *more,
     ])  # fmt: skip
-    summary = train(config, "bench-trl")
+    summary = train(config, "bench-trl", crew)
     if summary["status"] != "finished":
         raise RuntimeError(f"the run ended as {summary['status']}: {summary['failure']}")
     return float(RESPONSES * UPDATES / summary["train_seconds"])
@@ -120,17 +121,19 @@ def main(overrides: list[str]) -> None:
         folder = Path(name)
         _write(folder)
         with connection.connected(prepare("bandit", []).cluster):
+            crew = Crew(keep=True)
             for turn in range(TURNS):
                 for method in GROUPS:
                     clock = theirs(folder, method)
                     row: dict[str, Any] = {
                         "method": method, "turn": turn, "gradients_apart": clock.apart,
                         "trl": clock.rate(RESPONSES),
-                        "lockstep": ours(folder, method, overrides),
-                        "pipelined": ours(folder, method, [*PIPELINED, *overrides]),
+                        "lockstep": ours(folder, method, crew, ["cluster.threads=2", *overrides]),
+                        "pipelined": ours(folder, method, crew, [*PIPELINED, *overrides]),
                     }  # fmt: skip
                     print(_line(row), flush=True)
                     rows.append(row)
+            crew.end()
     for method in GROUPS:
         for way in ("lockstep", "pipelined"):
             ratios = [row[way] / row["trl"] for row in rows if row["method"] == method]

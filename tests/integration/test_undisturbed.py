@@ -159,8 +159,9 @@ class Stranger(threading.Thread):
 
 
 def test_requests_that_are_refused_are_logged_once_and_change_nothing(
-    undisturbed, tmp_path, monkeypatch
+    undisturbed, crew, tmp_path, monkeypatch
 ):
+    crew.end()  # its Serve has no HTTP, and ends with it
     port, token = free_port(), secrets.token_hex(16)
     monkeypatch.setenv("ONPOLICY_REWARD_TOKEN", token)
     stranger = Stranger(port, token)
