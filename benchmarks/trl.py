@@ -105,7 +105,8 @@ def ours(folder: Path, method: str, crew: Crew, more: list[str]) -> float:
         f"replay.samples_per_round={RESPONSES}", f"learner.minibatch={RESPONSES}",
         "replay.inner_epochs=1", "objective.advantage=leave_one_out", "learner.lr=1e-4",
         "reward.kind=function", "reward.path=benchmarks.trl:score", "eval.every=0",
-        "checkpoint.seconds=0", "learner.exact_kl=false", *more,
+        "checkpoint.seconds=0", "learner.exact_kl=false",
+        f"rollout.lease={RESPONSES // GROUPS[method]}", *more,
     ])  # fmt: skip
     summary = train(config, "bench-trl", crew)
     if summary["status"] != "finished":
