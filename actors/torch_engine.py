@@ -43,6 +43,7 @@ class TorchEngine:
         self.version = version
 
     def generate(self, requests: Sequence[Request], stream: str) -> Rollouts:
+        torch.set_num_threads(self.config.cluster.threads)  # counts for the thread that calls it
         members = self.config.rollout.responses_per_prompt
         refused = [does_not_fit(r, self.longest_prompt, self.vocabulary) for r in requests]
         fits = [why is None for why in refused]

@@ -24,7 +24,7 @@ from cluster.crew import Crew
 from cluster.train import train
 from configs.load import prepare
 
-TURNS, UPDATES = 3, 16
+TURNS, UPDATES = 3, 12
 RESPONSES, TOKENS, PROMPT = 64, 64, 8
 VOCABULARY = 1024
 GROUPS = {"rloo": 8, "online_dpo": 2}  # responses to a prompt

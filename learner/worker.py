@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 
 from actors import policy
 from actors.rollout import Version
@@ -73,6 +74,7 @@ class LearnerWorker:
 
         folder: of the checkpoint to begin to write after the last one.
         """
+        torch.set_num_threads(self.config.cluster.threads)  # counts for the thread that calls it
         records: list[StepRecord] = []
         for left in range(batches, 0, -1):
             record = self._batch(folder if left == 1 else "")
