@@ -6,6 +6,7 @@ bandit's and Pythia's) are written out here, from the same weights and kernels: 
 equal to the bit where this was written. All let go of rows that have ended.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch
@@ -70,7 +71,7 @@ class Transformers:
             self.mask_NT = self.mask_NT[row_R]
 
 
-class _Cached:
+class _Cached(ABC):
     """Keys and values of all layers, [N, H, T, D] each, in memory that is taken once."""
 
     def __init__(self, model: PreTrainedModel, mask_NP: Tensor, tokens: int) -> None:
@@ -97,8 +98,9 @@ class _Cached:
         self.seen += width
         return functional.linear(hidden_NPE[:, -1:], self.output)[:, -1]
 
+    @abstractmethod
     def _hidden(self, token_NP: Tensor, place_NP: Tensor, allowed: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """The network's last hidden states of these tokens, [N, P, E]."""
 
     def _allowed(self, width: int) -> Tensor | None:
         """What each of the tokens fed attends to, [N, 1, width, T]; None: all that stands before.

@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks import racing
 from benchmarks.bandit_loop import BareLoop
+from benchmarks.outside import own_settings
 from cluster import connection, inputs
 from cluster.crew import Crew
 from configs.load import prepare
@@ -38,7 +39,7 @@ TARGETS = {"lockstep": 0.8, "pipelined": 1.0}
 
 def main(overrides: list[str]) -> None:
     """Print the ratio of rates, its spread, and where an update's time goes."""
-    own, rest = racing.own_settings(overrides, SETTINGS)
+    own, rest = own_settings(overrides, SETTINGS)
     cores = sorted(os.sched_getaffinity(0))
     rows: list[dict[str, Any]] = []
     crew = Crew(keep=True)

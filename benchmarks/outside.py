@@ -6,13 +6,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 
 from benchmarks import results
+from configs.errors import ConfigError
 
 N = TypeVar("N", int, float)
 
@@ -100,17 +101,35 @@ class OutsideRun:
         return summary
 
 
+def split(overrides: Sequence[str], names: Container[str]) -> tuple[dict[str, str], list[str]]:
+    """What is given for a bench's own settings, by name, and the rest, which are the run's."""
+    own, rest = {}, []
+    for text in overrides:
+        name, _, value = text.partition("=")
+        if name in names:
+            own[name] = value
+        else:
+            rest.append(text)
+    return own, rest
+
+
 def own_settings(
     overrides: Sequence[str], defaults: dict[str, N]
 ) -> tuple[dict[str, N], list[str]]:
-    """A bench's own settings, and the overrides that are the run's. ValueError for no number."""
-    own, rest = dict(defaults), []
-    for text in overrides:
-        name, _, value = text.partition("=")
-        if name in own:
+    """A bench's own settings, numbers of the defaults' types, and the overrides that are the run's.
+
+    ConfigError, in one line, for what is no such number, or below 1 where the default is not.
+    """
+    given, rest = split(overrides, defaults)
+    own = dict(defaults)
+    for name, value in given.items():
+        try:
             own[name] = type(own[name])(value)
-        else:
-            rest.append(text)
+            usable = own[name] >= min(1, defaults[name])
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ConfigError(name, value, "not such a number", f"set {name}={defaults[name]}")
     return own, rest
 
 

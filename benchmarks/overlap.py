@@ -16,6 +16,7 @@ import tempfile
 from typing import Any
 
 from benchmarks import overlap_model, racing
+from benchmarks.outside import own_settings
 from benchmarks.overlap_work import KINDS, SlowedCrew
 from cluster import connection
 from configs.load import prepare
@@ -70,7 +71,7 @@ def times(summary: dict[str, Any], updates: int) -> Row:
 
 def main(overrides: list[str]) -> None:
     """Print the ratios, the accounts and the model; write runs/bench/overlap.json."""
-    own, rest = racing.own_settings(overrides, SETTINGS)
+    own, rest = own_settings(overrides, SETTINGS)
     out: dict[str, list[Row]] = {"pairs": [], "model": []}
     ray_up = connection.connected(prepare("bandit_pipelined", rest).cluster)
     with tempfile.TemporaryDirectory() as folder, ray_up:

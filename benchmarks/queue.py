@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import ray
 
 from benchmarks import queue_other, results
+from benchmarks.outside import split
 from benchmarks.queue_parts import AsyncList, BenchQueue, Consumer, PlainList, Producer
 from benchmarks.queue_payload import MEMBERS, block_of
 from benchmarks.queue_table import held_table, rate_table
@@ -57,13 +58,9 @@ class Leg(NamedTuple):
 
 def parse(overrides: list[str]) -> tuple[Settings, list[str]]:
     """The bench's own settings, and the rest. ConfigError for a value that cannot be used."""
+    given, rest = split(overrides, Settings._fields)
     own: dict[str, Any] = {}
-    rest = []
-    for text in overrides:
-        key, _, value = text.partition("=")
-        if key not in Settings._fields:
-            rest.append(text)
-            continue
+    for key, value in given.items():
         try:
             own[key] = _value(value, getattr(Settings(), key), least=0 if key == "held" else 1)
         except ValueError:

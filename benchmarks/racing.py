@@ -21,7 +21,6 @@ from benchmarks.outside import OURS
 from cluster.crew import Crew
 from cluster.run_directory import describe_environment
 from cluster.train import train
-from configs.errors import ConfigError
 from configs.load import prepare
 
 FOLDER = Path("runs/bench")
@@ -102,25 +101,6 @@ def turn(preset: str, overrides: Sequence[str], crew: Crew, folder: str, name: s
     if summary["status"] != "finished":
         raise RuntimeError(f"the run ended as {summary['status']}: {summary['failure']}")
     return summary | {"cpu_per_update": meter.per_update()}
-
-
-def own_settings(
-    given: Sequence[str], defaults: dict[str, int]
-) -> tuple[dict[str, int], list[str]]:
-    """A bench's own settings, positive integers, and the rest, which are the runs'.
-
-    ConfigError, in one line, for a value that cannot be used.
-    """
-    own, rest = dict(defaults), []
-    for text in given:
-        key, _, value = text.partition("=")
-        if key not in defaults:
-            rest.append(text)
-        elif value.isdecimal() and int(value) > 0:
-            own[key] = int(value)
-        else:
-            raise ConfigError(key, value, "not a positive number", f"set {key}={defaults[key]}")
-    return own, rest
 
 
 def spread(values: Sequence[float]) -> str:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import ray
 
+from benchmarks.outside import split
 from benchmarks.weights_table import generation_table, update_table
 from benchmarks.weights_updates import ALLOWANCE, LIMITS, end, start, updates
 from cluster import connection
@@ -54,13 +55,9 @@ class Settings(NamedTuple):
 
 def parse(overrides: list[str]) -> tuple[Settings, list[str]]:
     """The bench's own settings, and the rest. ConfigError for a value that cannot be used."""
+    given, rest = split(overrides, Settings._fields)
     own: dict[str, Any] = {}
-    rest = []
-    for text in overrides:
-        key, _, value = text.partition("=")
-        if key not in Settings._fields:
-            rest.append(text)
-            continue
+    for key, value in given.items():
         try:
             own[key] = _value(key, value)
         except ValueError:
