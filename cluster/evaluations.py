@@ -38,24 +38,30 @@ class Evaluations:
         self._gold = describe(config.gold)
         self.asked = 0  # so far; each has draws of its own
         self._calls: dict[Any, _Asked] = {}
-        self.evaluator = self._spawn()
-
-    def _spawn(self) -> Any:
-        resources = self.config.cluster
-        return self.crew.spawn(
-            "cluster.evaluate:Evaluator", self.config, self._gold,
-            num_cpus=resources.evaluator_cpus, num_gpus=resources.evaluator_gpus,
-            **self.placement.options("evaluator"),
-        )  # fmt: skip
+        self.evaluator: Any = None  # its process starts when something is first asked of it
+        self._started: Any = None  # the call that gives it what it needs, until it is through
+        self._unfit: Exception | None = None
 
     def start(self, rewards: RewardClient, reference: Any) -> None:
-        """Give it the reward service and π_ref's weights. Evaluations queue up behind that."""
+        """What the evaluator is to have: the reward service and π_ref's weights."""
         self._rewards, self._reference = rewards, [reference]
-        self._started = self.evaluator.call.remote("start", rewards, reference)
+
+    def _there(self) -> Any:
+        """The evaluator. The first update need not wait for its imports, so none is begun early."""
+        if self.evaluator is None:
+            resources = self.config.cluster
+            self.evaluator = self.crew.spawn(
+                "cluster.evaluate:Evaluator", self.config, self._gold,
+                num_cpus=resources.evaluator_cpus, num_gpus=resources.evaluator_gpus,
+                **self.placement.options("evaluator"),
+            )  # fmt: skip
+            self._since, self._unfit = time.monotonic(), None
+            self._started = self.evaluator.call.remote("start", self._rewards, self._reference[0])
+        return self.evaluator
 
     def sample_dataset(self, reference: Any, path: str) -> None:
         """Have offline data sampled from π_ref, and wait for it."""
-        made = self.evaluator.call.remote("sample_dataset", reference, path)
+        made = self._there().call.remote("sample_dataset", reference, path)
         ray.get(made, timeout=self.config.limits.startup_seconds)
 
     def ask(self, version: Version, weights: Any) -> None:
@@ -64,7 +70,8 @@ class Evaluations:
         self.asked += 1
 
     def _ask(self, asked: _Asked) -> None:
-        call = self.evaluator.call.remote("evaluate", asked.version, asked.weights[0], asked.number)
+        weights = asked.weights[0]
+        call = self._there().call.remote("evaluate", asked.version, weights, asked.number)
         self._calls[call] = asked
 
     def take(self) -> list[tuple[int, dict[str, Any]]]:
@@ -76,22 +83,52 @@ class Evaluations:
             try:
                 result = ray.get(call)
             except ray.exceptions.RayError as error:
-                self._restart(reason(error))
+                if not self._orphaned(error):
+                    self._restart(reason(error))
                 return taken
             taken.append((self._calls.pop(call).version.step, result))
-        limit = self.config.limits.step_seconds
-        if any(time.monotonic() - self._calls[call].since > limit for call in late):
-            self._restart(f"no evaluation for {limit:g} s")
+        if late and (why := self._hangs(late)):
+            self._restart(why)
         return taken
+
+    def _up(self) -> bool:
+        """Whether the evaluator has what it needs; `_unfit` is what kept it from that, if known."""
+        if self._started is not None and ray.wait([self._started], timeout=0.0)[0]:
+            try:
+                ray.get(self._started)
+            except ray.exceptions.RayError as error:
+                self._unfit = error
+                return False
+            self._started = None
+            for asked in self._calls.values():
+                asked.since = time.monotonic()
+        return self._started is None
+
+    def _orphaned(self, error: Exception) -> bool:
+        """Whether weights went with the learner that owned them: `go_back` comes, with others."""
+        lost = error if self._up() else self._unfit or error
+        return isinstance(lost, ray.exceptions.ObjectLostError)
+
+    def _hangs(self, late: list[Any]) -> str:
+        """What took too long, if anything. An evaluation's clock runs once the evaluator is up."""
+        now, limits = time.monotonic(), self.config.limits
+        if not self._up():
+            limit = limits.startup_seconds
+            return f"not up in {limit:g} s" if now - self._since > limit else ""
+        limit = limits.step_seconds
+        over = any(now - self._calls[call].since > limit for call in late)
+        return f"no evaluation for {limit:g} s" if over else ""
 
     def _restart(self, why: str) -> None:
         time.sleep(self.restarts.count(why))
-        ray.kill(self.evaluator)
-        self.evaluator = self._spawn()
-        self.start(self._rewards, self._reference[0])
+        self._end()
         waiting, self._calls = list(self._calls.values()), {}
         for asked in waiting:
             self._ask(_Asked(asked.version, asked.number, asked.weights))
+
+    def _end(self) -> None:
+        ray.kill(self.evaluator)
+        self.evaluator = self._started = None
 
     def awaited(self, step: int) -> bool:
         """Whether an evaluation of this step, or of one before it, is not there yet."""
@@ -101,6 +138,8 @@ class Evaluations:
         """Forget those of later steps, which are undone; the reference's owner is a new one."""
         self._calls = {c: a for c, a in self._calls.items() if a.version.step <= step}
         self._reference = [reference]
+        if self.evaluator is not None and not self._up():
+            self._end()  # what it was to begin with is gone
 
     def wait(self, seconds: float) -> list[tuple[int, dict[str, Any]]]:
         """All that are under way. TimeoutError names the step that is missing."""

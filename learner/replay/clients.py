@@ -85,7 +85,7 @@ class LearnerQueue:
         self.rank = rank
         self.wait_seconds = wait_seconds
         self._published = published
-        self._commits: list[Any] = []  # the last two, whose failure a later call raises
+        self._commit: Any = None  # the last one, on its way; the next one waits for it
         self._ahead: dict[int, Any] = {}  # the batch after the one in hand, on its way
 
     def get(self, lineage: int, number: int) -> Batch | None:
@@ -95,8 +95,7 @@ class LearnerQueue:
             call = self._ahead.pop(number, None)
             if call is None:
                 call = self.handle.get.remote(lineage, number, self.rank)
-            # The last commit is on its way and not waited for; the one before it is long there.
-            batch = ray.get([call, *self._commits[:-1]])[0]  # the queue's own limit is on the wait
+            batch = ray.get(call)  # the queue's own limit is on the wait
             if isinstance(batch, str):
                 self._publish_again()
         if batch is not None and not batch.last:
@@ -107,23 +106,24 @@ class LearnerQueue:
         self, batch: Batch, stepped: bool, derived: dict[str, np.ndarray],
         weights: tuple[Version, list[Any]] | None = None, cut: str = "",
     ) -> None:  # fmt: skip
-        """Report a step or skip, without waiting for the answer.
+        """Report a step or skip, without waiting for the answer; what was refused is raised next time.
 
         weights: of the version that it made, for actors. cut: the checkpoint that ends with it.
         """
         if weights is not None:
             self._published.append(weights)
-        call = self.handle.commit.remote(
+        self.settle()  # Ray may run an asyncio actor's calls in another order than they were sent
+        self._commit = self.handle.commit.remote(
             batch.lineage, batch.number, self.rank, stepped, derived,
             None if weights is None else weights[1], cut,
         )  # fmt: skip
-        self._commits = [*self._commits[-1:], call]
         if not stepped:
             self._ahead = {}  # it was tagged as if this one had stepped
 
     def settle(self) -> None:
-        """Wait until the queue has taken every commit; what it refused is raised."""
-        ray.get(self._commits, timeout=self.wait_seconds)
+        """Wait until the queue has taken the last commit; what it refused is raised."""
+        if self._commit is not None:
+            ray.get(self._commit, timeout=self.wait_seconds)
 
     def publish(self, version: Version, weights: list[Any]) -> None:
         """Make weights known, and wait until they are."""
