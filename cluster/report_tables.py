@@ -1,9 +1,13 @@
 """The report's tables: age × reuse as one shaded grid per measure, samples and environment."""
 
+import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from cluster.wording import ABSENT, number, percent
 
@@ -58,18 +62,18 @@ class CellSum:
         self._row: Row = {"age": first.get("age"), "reuse": first.get("reuse")}
         self._sums: dict[str, list[float]] = {}  # total and weight of what is known
 
-    def add(self, row: Row) -> None:
-        """Take a cell, the first one too."""
-        rollouts = row.get("rollouts") or 0
-        for name, value in row.items():
+    def add(self, rows: Sequence[Row]) -> None:
+        """Take cells, the first one too."""
+        rollouts = numbers([row.get("rollouts") or 0 for row in rows])
+        for name in dict.fromkeys(itertools.chain.from_iterable(rows)):
             if name in self._row:
                 continue
-            if (sums := self._sums.get(name)) is None:
-                sums = self._sums[name] = [0, 0]
-            if (type(value) is float or type(value) is int) and math.isfinite(value):
-                weight = 1 if name in SUMMED else rollouts
-                sums[0] += value * weight
-                sums[1] += weight
+            values = numbers([row.get(name) for row in rows])
+            known = np.isfinite(values)
+            weights = np.where(known, 1.0 if name in SUMMED else rollouts, 0.0)
+            sums = self._sums.setdefault(name, [0, 0])
+            sums[0] += float(values[known] @ weights[known])
+            sums[1] += float(weights.sum())
 
     def row(self) -> Row:
         """One cell for all; a measure without weight is absent, a sum of nothing None."""
@@ -85,9 +89,17 @@ class CellSum:
 def merge(rows: Sequence[Row]) -> Row:
     """Cells put together, at the first one's age and reuse."""
     cell = CellSum(rows[0])
-    for row in rows:
-        cell.add(row)
+    cell.add(rows)
     return cell.row()
+
+
+def numbers(values: Sequence[object]) -> np.ndarray:
+    """Values as floats; NaN for what is no number, or one of hundreds of digits."""
+    if {float, int}.issuperset(map(type, values)):
+        with contextlib.suppress(OverflowError):
+            return np.array(values, dtype=float)
+    known = [type(v) is float or (type(v) is int and abs(v) < 2**1000) for v in values]
+    return np.array([v if k else np.nan for v, k in zip(values, known)], dtype=float)
 
 
 def _known(value: object) -> bool:

@@ -7,7 +7,8 @@ const DASHES = ["solid", "dot", "dash", "dashdot", "longdash"];
 const CONFIG = { responsive: true, displayModeBar: false };
 const plotly = new Promise((loaded) => addEventListener("DOMContentLoaded", loaded));
 const $ = (id) => document.getElementById(id);
-const page = { charts: [], chosen: null, runs: new Map(), listed: 0 };
+const asked = new URLSearchParams(location.search).getAll("run");
+const page = { charts: [], chosen: asked.length ? [...new Set(asked)] : null, runs: new Map(), listed: 0 };
 
 function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
@@ -31,9 +32,8 @@ async function ask(path) {
 
 async function list() {
   const answer = await ask("/api/runs");
-  if (page.chosen === null) {
-    const asked = new URLSearchParams(location.search).getAll("run");
-    page.chosen = asked.length ? [...new Set(asked)] : answer.chosen;
+  if (page.listed === 0) {
+    page.chosen ??= answer.chosen;
     page.charts = answer.charts;
     $("picker").open = page.chosen.length === 0;
   }
@@ -57,17 +57,17 @@ function choose(name, ticked) {
   refresh(true);
 }
 
-async function refresh(anyway = false) {
-  const wanted = [...page.chosen];
-  const changed = await Promise.all(wanted.map(async (name) => {
+// listing: what has to be there besides before anything is drawn.
+async function refresh(anyway = false, listing = null) {
+  const asking = Promise.all(page.chosen.map(async (name) => {
     const have = page.runs.get(name)?.tag ?? "";
     const run = await ask(`/api/run?${new URLSearchParams({ name, have })}`);
     if (run) page.runs.set(name, run);
     return run !== null;
   }));
+  const [changed] = await Promise.all([asking, listing, plotly]);
   for (const name of page.runs.keys()) if (!page.chosen.includes(name)) page.runs.delete(name);
   const runs = page.chosen.map((name) => page.runs.get(name)).filter((run) => run);
-  await plotly;
   if (anyway || changed.includes(true)) draw(runs);
   tell(runs);
   return runs.every((run) => run.read);
@@ -206,8 +206,9 @@ async function turn() {
   let whole = true;
   try {
     if (!document.hidden) {
-      if (Date.now() - page.listed > 10000) await list();
-      whole = await refresh();
+      const listing = Date.now() - page.listed > 10000 ? list() : null;
+      if (page.chosen === null) await listing;
+      whole = await refresh(false, listing);
       if (whole) document.body.dataset.ready = "yes";
     }
   } catch (error) {

@@ -46,8 +46,8 @@ def write(path: Path, lines: list[dict[str, Any]], name: str = "run") -> Path:
 
 def test_only_added_lines_are_read_and_half_a_line_waits(tmp_path, monkeypatch):
     read: list[bytes] = []
-    loads = json.loads
-    monkeypatch.setattr(history.json, "loads", lambda text: read.append(text) or loads(text))
+    decoded = history._decoded
+    monkeypatch.setattr(history, "_decoded", lambda text: read.append(text) or decoded(text))
     path = write(tmp_path, [line(1), line(2)]) / "metrics.jsonl"
     followed = History(path)
     followed.refresh()
@@ -168,7 +168,7 @@ def test_cells_added_one_by_one_are_those_merged_at_once():
         "ess": pytest.approx((0.3 * 3 + 0.1 + 0.6 * 6) / 10),
     }  # fmt: skip
     empty = CellSum(rows[0])
-    empty.add({"rollouts": 0, "ess": 0.5, "gradient_share": None})
+    empty.add([{"rollouts": 0, "ess": 0.5, "gradient_share": None}])
     assert empty.row() == {"age": 1, "reuse": 2, "rollouts": 0, "gradient_share": None}
 
 
