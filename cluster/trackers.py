@@ -2,15 +2,23 @@
 
 TensorBoard reads RUN/tensorboard: `tensorboard --logdir runs`. Its files are written with its own
 package; torch's writer would bring torch into the driver.
+
+Weights & Biases writes RUN/wandb, and nothing leaves the machine until `wandb sync` is asked to;
+with WANDB_MODE=online in the environment, and its key, it goes there as it comes.
 """
 
 import importlib.util
+import os
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cluster.metrics import Tracker, numbers
 from configs.errors import ConfigError
+from configs.load import to_yaml
 from configs.schema import Config
 
 
@@ -25,8 +33,13 @@ def check(config: Config) -> None:
 
 def begin(config: Config, directory: Path) -> list[Tracker]:
     """The trackers of a run, writing into its directory."""
-    made = {"tensorboard": TensorBoard}
-    return [made[name](directory / name) for name in config.run.trackers]
+    made: list[Tracker] = []
+    for name in config.run.trackers:
+        folder = directory / name
+        made.append(
+            TensorBoard(folder) if name == "tensorboard" else WeightsAndBiases(folder, config)
+        )
+    return made
 
 
 class TensorBoard:
@@ -60,3 +73,41 @@ class TensorBoard:
     def close(self) -> None:
         """Write out what is held back."""
         self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the project `onpolicy` with every number of each line, drawn over `step`.
+
+    A run that goes on is the same one there. What is logged stays: a step that was undone stands
+    beside the one that took its place.
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        import wandb
+
+        folder.mkdir(exist_ok=True)
+        known = folder / "id"
+        if not known.exists():
+            known.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+        quiet = wandb.Settings(
+            console="off", silent=True, disable_git=True, save_code=False, x_disable_meta=True,
+            x_disable_stats=True, x_save_requirements=False,
+        )  # fmt: skip # the run's own files say all of that
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
+        self._run = wandb.init(
+            project="onpolicy", name=folder.parent.name, id=known.read_text(encoding="utf-8"),
+            resume="allow", dir=folder, mode=mode,
+            config=yaml.safe_load(to_yaml(config)), settings=quiet,
+        )  # fmt: skip
+        self._run.define_metric("*", step_metric="step")
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Take the next step's line."""
+        self._run.log(dict(numbers(line)))
+
+    def cut(self, step: int) -> None:
+        """Nothing: what is logged stays."""
+
+    def close(self) -> None:
+        """Write out what is held back."""
+        self._run.finish()

@@ -1,7 +1,8 @@
-"""Trackers: TensorBoard reads, by its own code, what metrics.jsonl says."""
+"""Trackers: TensorBoard and Weights & Biases have what metrics.jsonl says."""
 
 import importlib.util
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,48 @@ def test_tensorboard_shows_the_metrics_lines_and_forgets_undone_steps(tmp_path):
         "loss", "age.mean", "age.max", "retired_total.exhausted"
     }  # fmt: skip
     assert shown.get("reward_eval", []) == []  # its step was undone
+
+
+def logged(folder: Path) -> tuple[list[dict[str, float]], set[str]]:
+    """The history of a W&B run's file, a LevelDB log of protocol buffers, and its ids."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    history, ids = [], set()
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        data, place = path.read_bytes(), 7
+        while place < len(data):
+            if 32_768 - place % 32_768 < 7:  # the rest of a block is empty
+                place += 32_768 - place % 32_768
+            size, kind = struct.unpack_from("<HB", data, place + 4)
+            assert kind == 1, "a record in several parts"
+            record = Record.FromString(data[place + 7 : place + 7 + size])
+            place += 7 + size
+            ids |= {record.run.run_id} - {""}
+            if record.HasField("history"):
+                items = record.history.item
+                line = {one.key or ".".join(one.nested_key): one.value_json for one in items}
+                history.append({key: json.loads(text) for key, text in line.items()})
+    return history, ids
+
+
+def test_weights_and_biases_has_the_metrics_lines_in_one_run_and_sends_nothing(
+    tmp_path, monkeypatch
+):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    config = settings("bandit", "run.trackers=wandb")
+    for steps in ((1, 2, 3), (4, 5)):  # stopped, and gone on with
+        file = MetricsFile(tmp_path / "metrics.jsonl", trackers.begin(config, tmp_path))
+        for step in steps:
+            file.add(line(step, 1 / step), evaluated=False)
+        file.close()
+    lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    history, ids = logged(tmp_path / "wandb")
+    assert [(one["step"], one["loss"]) for one in history] == [
+        (one["step"], one["loss"]) for one in lines
+    ]
+    assert [one["retired_total.exhausted"] for one in history] == [10, 20, 30, 40, 50]
+    assert [one["age.mean"] for one in history] == [1.5] * 5 and len(ids) == 1
 
 
 def test_a_tracker_that_is_not_installed_is_refused_in_one_line(monkeypatch):
