@@ -93,7 +93,7 @@ def signals(
     """
     if len(reward_M) % members:
         raise ValueError(f"{len(reward_M)} rollouts are not whole groups of {members}")
-    valid_M = np.asarray(valid_M, dtype=bool)
+    valid_M = np.array(valid_M, dtype=bool)  # a copy: torch takes none that it may not write to
     label_M = np.asarray(label_M)
     reward_M = np.where(valid_M, np.asarray(reward_M, dtype=np.float64), np.nan)
     round_rewards = np.asarray(round_rewards, dtype=np.float64)

@@ -3,14 +3,18 @@
 import asyncio
 import logging
 import time
+import uuid
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from actors.rollout import offsets
 from reward_server.rewards import Scores, brief
+
+_handles: dict[str, DeploymentHandle] = {}  # of this process, by `RewardClient.service`
 
 ATTEMPTS = 3
 BACKOFF_SECONDS = 0.2  # before the second attempt; doubled before each one after it
@@ -57,6 +61,13 @@ class RewardClient:
     def __init__(self, handle: DeploymentHandle, name: str) -> None:
         self.handle = handle
         self.name = name
+        self.service = uuid.uuid4().hex
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Whatever comes to a process for one service shares a handle there: each has a router,
+        whose loop goes on until the process ends, and a study's processes serve many runs."""
+        self.__dict__.update(state)
+        self.handle = _handles.setdefault(self.service, self.handle)
 
     def score(
         self, prompts: list[list[int]], responses: list[list[int]], timeout_s: float

@@ -137,6 +137,20 @@ def test_a_client_travels_into_an_actor(peak_service):
     assert "empty" in scores.failures[1]
 
 
+def test_clients_of_one_service_share_a_handle_in_a_process_and_others_do_not(
+    peak_service, odd_service
+):
+    @ray.remote(num_cpus=0)
+    class Process:
+        def take(self, client):
+            return id(client.handle)
+
+    process = Process.remote()
+    sent = [peak_service.client, odd_service.client, peak_service.client]
+    first, other, again = ray.get([process.take.remote(client) for client in sent], timeout=30)
+    assert first == again != other
+
+
 def test_an_event_loop_is_not_blocked(peak_service):
     import asyncio
 
