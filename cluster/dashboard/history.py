@@ -125,9 +125,11 @@ class History:
         return steps[known], values[known]
 
 
-def _columns(lines: Sequence[dict[str, Any]], at: Sequence[int]) -> Iterator[tuple[str, Piece]]:
+def _columns(
+    lines: Sequence[dict[str, Any]], at: Sequence[int] | np.ndarray, inner: bool = False
+) -> Iterator[tuple[str, Piece]]:
     """The numbers of each name, and the lines they are of; lines of one shape are taken together,
-    which is quick."""
+    which is quick. inner: these are objects within lines, and none within them is looked at."""
     shapes: dict[tuple[str, ...], list[int]] = {}
     for i, line in enumerate(lines):
         shapes.setdefault(tuple(line), []).append(i)
@@ -137,9 +139,10 @@ def _columns(lines: Sequence[dict[str, Any]], at: Sequence[int]) -> Iterator[tup
             kinds = set(map(type, values))
             if kinds <= {float, int}:
                 yield name, (rows, numbers(values))
-            elif dict in kinds:
-                inner = [(value, row) for value, row in zip(values, rows) if type(value) is dict]
-                for key, piece in _columns(*zip(*inner)):
+            elif dict in kinds and not inner:
+                there = [i for i, value in enumerate(values) if type(value) is dict]
+                objects = [values[i] for i in there]
+                for key, piece in _columns(objects, rows[there], inner=True):
                     yield f"{name}.{key}", piece
 
 
