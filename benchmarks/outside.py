@@ -118,14 +118,14 @@ def own_settings(
 ) -> tuple[dict[str, N], list[str]]:
     """A bench's own settings, numbers of the defaults' types, and the overrides that are the run's.
 
-    ConfigError, in one line, for what is no such number, or below 1 where the default is not.
+    ConfigError, in one line, for what is no such number, or below 0.
     """
     given, rest = split(overrides, defaults)
     own = dict(defaults)
     for name, value in given.items():
         try:
             own[name] = type(own[name])(value)
-            usable = own[name] >= min(1, defaults[name])
+            usable = own[name] >= 0
         except ValueError:
             usable = False
         if not usable:

@@ -41,6 +41,7 @@ class Evaluations:
         self.evaluator: Any = None  # its process starts when something is first asked of it
         self._started: Any = None  # the call that gives it what it needs, until it is through
         self._unfit: Exception | None = None
+        self._orphan = ""  # how an evaluation's weights went with the learner that owned them
 
     def start(self, rewards: RewardClient, reference: Any) -> None:
         """What the evaluator is to have: the reward service and π_ref's weights."""
@@ -83,8 +84,11 @@ class Evaluations:
             try:
                 result = ray.get(call)
             except ray.exceptions.RayError as error:
-                if not self._orphaned(error):
-                    self._restart(reason(error))
+                cause = error if self._up() else self._unfit or error
+                if isinstance(cause, ray.exceptions.OwnerDiedError):
+                    self._orphan = reason(cause)  # the learner is gone: `go_back` brings another's
+                else:
+                    self._restart(reason(cause))
                 return taken
             taken.append((self._calls.pop(call).version.step, result))
         if late and (why := self._hangs(late)):
@@ -103,11 +107,6 @@ class Evaluations:
             for asked in self._calls.values():
                 asked.since = time.monotonic()
         return self._started is None
-
-    def _orphaned(self, error: Exception) -> bool:
-        """Whether weights went with the learner that owned them: `go_back` comes, with others."""
-        lost = error if self._up() else self._unfit or error
-        return isinstance(lost, ray.exceptions.ObjectLostError)
 
     def _hangs(self, late: list[Any]) -> str:
         """What took too long, if anything. An evaluation's clock runs once the evaluator is up."""
@@ -137,19 +136,26 @@ class Evaluations:
     def go_back(self, step: int, reference: Any) -> None:
         """Forget those of later steps, which are undone; the reference's owner is a new one."""
         self._calls = {c: a for c, a in self._calls.items() if a.version.step <= step}
-        self._reference = [reference]
+        self._reference, self._orphan = [reference], ""
         if self.evaluator is not None and not self._up():
             self._end()  # what it was to begin with is gone
 
     def wait(self, seconds: float) -> list[tuple[int, dict[str, Any]]]:
-        """All that are under way. TimeoutError names the step that is missing."""
+        """All that are under way, within so many seconds once the evaluator is up.
+
+        TimeoutError names the step that is missing; RuntimeError: its weights are lost.
+        """
         deadline = time.monotonic() + seconds
         taken: list[tuple[int, dict[str, Any]]] = []
         while True:
             taken += self.take()
             if not self._calls:
                 return taken
+            step = min(asked.version.step for asked in self._calls.values())
+            if self._orphan:
+                raise RuntimeError(f"step {step} cannot be evaluated: {self._orphan}")
+            if not self._up():
+                deadline = time.monotonic() + seconds  # `_hangs` has a limit of its own on that
             if time.monotonic() > deadline:
-                step = min(asked.version.step for asked in self._calls.values())
                 raise TimeoutError(f"no evaluation of step {step} in {seconds:.0f} s")
             time.sleep(0.02)

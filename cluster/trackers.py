@@ -21,14 +21,20 @@ from configs.errors import ConfigError
 from configs.load import to_yaml
 from configs.schema import Config
 
+MODES = ("offline", "online", "disabled")  # of W&B, the first unless WANDB_MODE says otherwise
+
 
 def check(config: Config) -> None:
-    """ConfigError where a tracker's package is missing."""
+    """ConfigError where a tracker's package is missing, or W&B is to run in a way unknown to us."""
     for name in config.run.trackers:
         if importlib.util.find_spec(name) is None:
             problem = f"the package {name} is not installed"
             fix = f"pip install {name}, or leave it out"
             raise ConfigError("run.trackers", config.run.trackers, problem, fix)
+    mode = os.environ.get("WANDB_MODE", MODES[0])
+    if "wandb" in config.run.trackers and mode not in MODES:
+        fix = f"take one of {', '.join(MODES)}"
+        raise ConfigError("run.trackers", config.run.trackers, f"WANDB_MODE={mode} is unknown", fix)
 
 
 def begin(config: Config, directory: Path) -> list[Tracker]:
@@ -78,31 +84,39 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of the project `onpolicy` with every number of each line, drawn over `step`.
 
-    A run that goes on is the same one there. What is logged stays: a step that was undone stands
-    beside the one that took its place.
+    It begins with the first line, so that what W&B refuses is the failure of a run, and stated. A
+    run that goes on has the same id. What is logged stays: a step that was undone stands beside the
+    one that took its place.
     """
 
     def __init__(self, folder: Path, config: Config) -> None:
+        self.folder, self.config = folder, config
+        self._run: Any = None
+
+    def _begin(self) -> Any:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        folder.mkdir(exist_ok=True)
-        known = folder / "id"
+        self.folder.mkdir(exist_ok=True)
+        known = self.folder / "id"
         if not known.exists():
             known.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
         quiet = wandb.Settings(
             console="off", silent=True, disable_git=True, save_code=False, x_disable_meta=True,
             x_disable_stats=True, x_save_requirements=False,
         )  # fmt: skip # the run's own files say all of that
-        mode: Any = os.environ.get("WANDB_MODE", "offline")
-        self._run = wandb.init(
-            project="onpolicy", name=folder.parent.name, id=known.read_text(encoding="utf-8"),
-            resume="allow", dir=folder, mode=mode,
-            config=yaml.safe_load(to_yaml(config)), settings=quiet,
+        mode: Any = os.environ.get("WANDB_MODE", MODES[0])
+        run = wandb.init(
+            project="onpolicy", name=self.folder.parent.name, id=known.read_text(encoding="utf-8"),
+            resume="allow", dir=self.folder, mode=mode,
+            config=yaml.safe_load(to_yaml(self.config)), settings=quiet,
         )  # fmt: skip
-        self._run.define_metric("*", step_metric="step")
+        run.define_metric("*", step_metric="step")
+        return run
 
     def add(self, line: dict[str, Any]) -> None:
         """Take the next step's line."""
+        self._run = self._run or self._begin()
         self._run.log(dict(numbers(line)))
 
     def cut(self, step: int) -> None:
@@ -110,4 +124,5 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         """Write out what is held back."""
-        self._run.finish()
+        if self._run is not None:
+            self._run.finish()

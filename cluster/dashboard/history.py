@@ -25,9 +25,10 @@ Piece = tuple[np.ndarray, np.ndarray]  # numbers of lines, and what is there
 class History:
     """Every number of a run's metrics lines by name, and `tally`, a summary of them.
 
-    A number within an object has a dotted name, as `age.mean`. A last line without its line end is
-    still being written, and waits. A file that is not what it was, as of a run that went back to a
-    checkpoint, is read from its beginning again, and `readings` goes up.
+    A number within an object has a dotted name, as `age.mean`; objects within that are left. A last
+    line without its line end is still being written, and waits. A file that is not what it was, as
+    of a run that went back to a checkpoint, is read from its beginning again, and `readings` goes
+    up.
     """
 
     def __init__(self, path: Path) -> None:

@@ -8,7 +8,8 @@ const CONFIG = { responsive: true, displayModeBar: false };
 const plotly = new Promise((loaded) => addEventListener("DOMContentLoaded", loaded));
 const $ = (id) => document.getElementById(id);
 const asked = new URLSearchParams(location.search).getAll("run");
-const page = { charts: [], chosen: asked.length ? [...new Set(asked)] : null, runs: new Map(), listed: 0 };
+const page = { charts: [], chosen: asked.length ? [...new Set(asked)] : null, runs: new Map(),
+  stale: false, listed: 0 };
 
 function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
@@ -63,12 +64,13 @@ async function refresh(anyway = false, listing = null) {
     const have = page.runs.get(name)?.tag ?? "";
     const run = await ask(`/api/run?${new URLSearchParams({ name, have })}`);
     if (run) page.runs.set(name, run);
-    return run !== null;
+    page.stale ||= run !== null;
   }));
-  const [changed] = await Promise.all([asking, listing, plotly]);
+  await Promise.all([asking, listing, plotly]);
   for (const name of page.runs.keys()) if (!page.chosen.includes(name)) page.runs.delete(name);
   const runs = page.chosen.map((name) => page.runs.get(name)).filter((run) => run);
-  if (anyway || changed.includes(true)) draw(runs);
+  if (anyway || page.stale) draw(runs);
+  page.stale = false;
   tell(runs);
   return runs.every((run) => run.read);
 }

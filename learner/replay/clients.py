@@ -106,19 +106,22 @@ class LearnerQueue:
         self, batch: Batch, stepped: bool, derived: dict[str, np.ndarray],
         weights: tuple[Version, list[Any]] | None = None, cut: str = "",
     ) -> None:  # fmt: skip
-        """Report a step or skip, without waiting for the answer; what was refused is raised next time.
+        """Report a step or skip, without waiting for the answer to a step: what the queue refused
+        is raised by the next commit, or by `settle`.
 
         weights: of the version that it made, for actors. cut: the checkpoint that ends with it.
         """
         if weights is not None:
             self._published.append(weights)
-        self.settle()  # Ray may run an asyncio actor's calls in another order than they were sent
+        if self._commit is not None:  # Ray may run an asyncio actor's calls in another order
+            ray.get(self._commit)  # the wait has no limit, as that for a batch has none here
         self._commit = self.handle.commit.remote(
             batch.lineage, batch.number, self.rank, stepped, derived,
             None if weights is None else weights[1], cut,
         )  # fmt: skip
         if not stepped:
             self._ahead = {}  # it was tagged as if this one had stepped
+            ray.get(self._commit)  # nor may the next `get` come before it
 
     def settle(self) -> None:
         """Wait until the queue has taken the last commit; what it refused is raised."""
