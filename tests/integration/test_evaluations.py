@@ -1,0 +1,96 @@
+"""The evaluator's supervision, on real Ray processes that stand for it and for the learner."""
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from actors.rollout import Version
+from cluster.evaluations import Evaluations
+from cluster.placement import Placement
+from tests.harness import settings
+
+
+@ray.remote(num_cpus=0)
+class Learner:
+    """Owns weights, which go with it."""
+
+    def put(self, *values: float) -> list[Any]:
+        return [ray.put(np.full(4, value)) for value in values]
+
+
+@ray.remote(num_cpus=0)
+class SlowEvaluator:
+    """Takes a second to come up, as imports do, then adds π_ref's weight and a version's."""
+
+    def __init__(self) -> None:
+        time.sleep(1.0)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        return getattr(self, name)(*arguments)
+
+    def start(self, rewards: Any, reference: np.ndarray) -> None:
+        self.reference = reference
+
+    def evaluate(self, version: Version, weights: np.ndarray, number: int) -> dict[str, float]:
+        return {"reward_eval": float(self.reference[0] + weights[0])}
+
+
+class OneKind:
+    """A crew of such evaluators."""
+
+    def __init__(self) -> None:
+        self.started = 0
+
+    def spawn(self, target: str, *arguments: Any, **options: Any) -> Any:
+        self.started += 1
+        return SlowEvaluator.remote()
+
+
+@pytest.fixture
+def watched(ray_cluster) -> tuple[Evaluations, OneKind]:
+    config = settings("bandit", "limits.backoff_seconds=0.05")
+    crew: Any = OneKind()
+    return Evaluations(config, crew, Placement(config, print)), crew
+
+
+def test_the_evaluator_starts_when_it_is_first_asked(watched):
+    evaluations, crew = watched
+    learner = Learner.remote()
+    reference, weights = ray.get(learner.put.remote(1.0, 2.0))
+    evaluations.start(None, reference)
+    assert crew.started == 0
+    evaluations.ask(Version(0, 0), weights)
+    evaluations.ask(Version(0, 5), weights)
+    assert evaluations.awaited(0) and crew.started == 1
+    assert evaluations.wait(30) == [(0, {"reward_eval": 3.0}), (5, {"reward_eval": 3.0})]
+
+
+def test_an_evaluation_whose_weights_went_with_the_learner_is_asked_anew_and_no_restart(watched):
+    evaluations, crew = watched
+    learner = Learner.remote()
+    reference, weights = ray.get(learner.put.remote(1.0, 2.0))
+    evaluations.start(None, reference)
+    evaluations.ask(Version(0, 0), weights)
+    ray.kill(learner)  # before the evaluator has either
+    with pytest.raises(RuntimeError, match="step 0 cannot be evaluated: OwnerDied"):
+        evaluations.wait(30)
+    again = Learner.remote()
+    reference, weights = ray.get(again.put.remote(10.0, 2.0))
+    evaluations.go_back(-1, reference)
+    evaluations.ask(Version(1, 0), weights)
+    assert evaluations.wait(30) == [(0, {"reward_eval": 12.0})]
+    assert evaluations.restarts.number == 0 and crew.started == 2
+
+
+def test_an_evaluator_that_dies_is_started_again_and_asked_the_same(watched):
+    evaluations, crew = watched
+    learner = Learner.remote()
+    reference, weights = ray.get(learner.put.remote(1.0, 2.0))
+    evaluations.start(None, reference)
+    evaluations.ask(Version(0, 3), weights)
+    ray.kill(evaluations.evaluator)
+    assert evaluations.wait(30) == [(3, {"reward_eval": 3.0})]
+    assert evaluations.restarts.number == 1 and crew.started == 2
