@@ -39,7 +39,7 @@ TARGETS = {"lockstep": 0.8, "pipelined": 1.0}
 
 def main(overrides: list[str]) -> None:
     """Print the ratio of rates, its spread, and where an update's time goes."""
-    own, rest = own_settings(overrides, SETTINGS)
+    own, rest = own_settings(overrides, SETTINGS, least=1)
     cores = sorted(os.sched_getaffinity(0))
     rows: list[dict[str, Any]] = []
     crew = Crew(keep=True)

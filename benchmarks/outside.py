@@ -114,18 +114,18 @@ def split(overrides: Sequence[str], names: Container[str]) -> tuple[dict[str, st
 
 
 def own_settings(
-    overrides: Sequence[str], defaults: dict[str, N]
+    overrides: Sequence[str], defaults: dict[str, N], least: int = 0
 ) -> tuple[dict[str, N], list[str]]:
     """A bench's own settings, numbers of the defaults' types, and the overrides that are the run's.
 
-    ConfigError, in one line, for what is no such number, or below 0.
+    ConfigError, in one line, for what is no such number, or is below `least`.
     """
     given, rest = split(overrides, defaults)
     own = dict(defaults)
     for name, value in given.items():
         try:
             own[name] = type(own[name])(value)
-            usable = own[name] >= 0
+            usable = own[name] >= least
         except ValueError:
             usable = False
         if not usable:

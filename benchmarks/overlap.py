@@ -71,7 +71,7 @@ def times(summary: dict[str, Any], updates: int) -> Row:
 
 def main(overrides: list[str]) -> None:
     """Print the ratios, the accounts and the model; write runs/bench/overlap.json."""
-    own, rest = own_settings(overrides, SETTINGS)
+    own, rest = own_settings(overrides, SETTINGS, least=1)
     out: dict[str, list[Row]] = {"pairs": [], "model": []}
     ray_up = connection.connected(prepare("bandit_pipelined", rest).cluster)
     with tempfile.TemporaryDirectory() as folder, ray_up:

@@ -38,31 +38,28 @@ class Evaluations:
         self._gold = describe(config.gold)
         self.asked = 0  # so far; each has draws of its own
         self._calls: dict[Any, _Asked] = {}
-        self.evaluator: Any = None  # its process starts when something is first asked of it
+        self._orphan = ""  # how an evaluation's weights went with the learner that owned them
+        self._spawn()
+
+    def _spawn(self) -> None:
+        resources = self.config.cluster
+        self.evaluator = self.crew.spawn(
+            "cluster.evaluate:Evaluator", self.config, self._gold,
+            num_cpus=resources.evaluator_cpus, num_gpus=resources.evaluator_gpus,
+            **self.placement.options("evaluator"),
+        )  # fmt: skip
         self._started: Any = None  # the call that gives it what it needs, until it is through
         self._unfit: Exception | None = None
-        self._orphan = ""  # how an evaluation's weights went with the learner that owned them
 
     def start(self, rewards: RewardClient, reference: Any) -> None:
-        """What the evaluator is to have: the reward service and π_ref's weights."""
+        """Give it the reward service and π_ref's weights. Evaluations queue up behind that."""
         self._rewards, self._reference = rewards, [reference]
-
-    def _there(self) -> Any:
-        """The evaluator. The first update need not wait for its imports, so none is begun early."""
-        if self.evaluator is None:
-            resources = self.config.cluster
-            self.evaluator = self.crew.spawn(
-                "cluster.evaluate:Evaluator", self.config, self._gold,
-                num_cpus=resources.evaluator_cpus, num_gpus=resources.evaluator_gpus,
-                **self.placement.options("evaluator"),
-            )  # fmt: skip
-            self._since, self._unfit = time.monotonic(), None
-            self._started = self.evaluator.call.remote("start", self._rewards, self._reference[0])
-        return self.evaluator
+        self._since = time.monotonic()
+        self._started = self.evaluator.call.remote("start", rewards, reference)
 
     def sample_dataset(self, reference: Any, path: str) -> None:
         """Have offline data sampled from π_ref, and wait for it."""
-        made = self._there().call.remote("sample_dataset", reference, path)
+        made = self.evaluator.call.remote("sample_dataset", reference, path)
         ray.get(made, timeout=self.config.limits.startup_seconds)
 
     def ask(self, version: Version, weights: Any) -> None:
@@ -72,7 +69,7 @@ class Evaluations:
 
     def _ask(self, asked: _Asked) -> None:
         weights = asked.weights[0]
-        call = self._there().call.remote("evaluate", asked.version, weights, asked.number)
+        call = self.evaluator.call.remote("evaluate", asked.version, weights, asked.number)
         self._calls[call] = asked
 
     def take(self) -> list[tuple[int, dict[str, Any]]]:
@@ -120,14 +117,15 @@ class Evaluations:
 
     def _restart(self, why: str) -> None:
         time.sleep(self.restarts.count(why))
-        self._end()
+        self._anew()
         waiting, self._calls = list(self._calls.values()), {}
         for asked in waiting:
             self._ask(_Asked(asked.version, asked.number, asked.weights))
 
-    def _end(self) -> None:
+    def _anew(self) -> None:
         ray.kill(self.evaluator)
-        self.evaluator = self._started = None
+        self._spawn()
+        self.start(self._rewards, self._reference[0])
 
     def awaited(self, step: int) -> bool:
         """Whether an evaluation of this step, or of one before it, is not there yet."""
@@ -137,8 +135,8 @@ class Evaluations:
         """Forget those of later steps, which are undone; the reference's owner is a new one."""
         self._calls = {c: a for c, a in self._calls.items() if a.version.step <= step}
         self._reference, self._orphan = [reference], ""
-        if self.evaluator is not None and not self._up():
-            self._end()  # what it was to begin with is gone
+        if not self._up():
+            self._anew()  # what it was to begin with is gone
 
     def wait(self, seconds: float) -> list[tuple[int, dict[str, Any]]]:
         """All that are under way, within so many seconds once the evaluator is up.

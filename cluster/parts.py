@@ -54,14 +54,14 @@ class Parts:
     def start(self, checkpoint: Path | None) -> int:
         """Bring everything up, from a checkpoint if one is given; returns the batch to go on with.
 
-        Nothing is generated until `serve`, and the evaluator starts when it is first asked.
+        Nothing is generated until `serve`.
         """
         config = self.config
         offline = config.data.source is DataSource.offline
         offline_path = (config.data.path or str(self.directory.offline_data)) if offline else ""
         actors = scale.actors(self.directory.path, config)
         self.placement.reserve(actors)
-        self.say("starting learner, rollout actors and reward service")
+        self.say("starting learner, rollout actors, evaluator and reward service")
         journal = self.directory.journal if config.checkpoints else None
         self.queue = queue_service.start(config, journal, self.directory.faults)
         restored = self.roll_back(checkpoint, actors_died=True) if checkpoint else None
