@@ -64,7 +64,7 @@ class CellSum:
 
     def add(self, rows: Sequence[Row]) -> None:
         """Take cells, the first one too."""
-        rollouts = numbers([row.get("rollouts") or 0 for row in rows])
+        rollouts = np.nan_to_num(numbers([row.get("rollouts") or 0 for row in rows]))
         for name in dict.fromkeys(itertools.chain.from_iterable(rows)):
             if name in self._row:
                 continue
