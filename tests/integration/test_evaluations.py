@@ -49,32 +49,31 @@ class OneKind:
         return SlowEvaluator.remote()
 
 
-def watched() -> tuple[Evaluations, OneKind]:
-    """The evaluator's process begins with this."""
+def begun() -> tuple[Evaluations, OneKind, Any, Any]:
+    """Evaluations whose evaluator is starting, its crew, the learner, and a version's weights."""
+    learner = Learner.remote()
+    reference, weights = ray.get(learner.put.remote(1.0, 2.0))
     config = settings("bandit", "limits.backoff_seconds=0.05")
     crew: Any = OneKind()
-    return Evaluations(config, crew, Placement(config, print)), crew
+    evaluations = Evaluations(config, crew, Placement(config, print))
+    evaluations.start(None, reference)
+    return evaluations, crew, learner, weights
 
 
 def test_evaluations_come_in_the_order_of_their_steps(ray_cluster):
-    learner = Learner.remote()
-    reference, weights = ray.get(learner.put.remote(1.0, 2.0))
-    evaluations, crew = watched()
-    evaluations.start(None, reference)
+    evaluations, crew, learner, weights = begun()
     evaluations.ask(Version(0, 0), weights)
     evaluations.ask(Version(0, 5), weights)
     assert evaluations.awaited(0) and not evaluations.awaited(-1)
     assert evaluations.wait(30) == [(0, {"reward_eval": 3.0}), (5, {"reward_eval": 3.0})]
     assert crew.started == 1
+    del learner  # it lives until here, and its weights with it
 
 
 def test_an_evaluation_whose_weights_went_with_the_learner_is_asked_anew_and_no_restart(
     ray_cluster,
 ):
-    learner = Learner.remote()
-    reference, weights = ray.get(learner.put.remote(1.0, 2.0))
-    evaluations, crew = watched()
-    evaluations.start(None, reference)
+    evaluations, crew, learner, weights = begun()
     evaluations.ask(Version(0, 0), weights)
     ray.kill(learner)  # before the evaluator has either
     with pytest.raises(RuntimeError, match="step 0 cannot be evaluated: OwnerDied"):
@@ -88,11 +87,9 @@ def test_an_evaluation_whose_weights_went_with_the_learner_is_asked_anew_and_no_
 
 
 def test_an_evaluator_that_dies_is_started_again_and_asked_the_same(ray_cluster):
-    learner = Learner.remote()
-    reference, weights = ray.get(learner.put.remote(1.0, 2.0))
-    evaluations, crew = watched()
-    evaluations.start(None, reference)
+    evaluations, crew, learner, weights = begun()
     evaluations.ask(Version(0, 3), weights)
     ray.kill(evaluations.evaluator)
     assert evaluations.wait(30) == [(3, {"reward_eval": 3.0})]
     assert evaluations.restarts.number == 1 and crew.started == 2
+    del learner  # it lives until here, and its weights with it
