@@ -5,12 +5,20 @@ package; torch's writer would bring torch into the driver.
 
 Weights & Biases writes RUN/wandb, and nothing leaves the machine until `wandb sync` is asked to;
 with WANDB_MODE=online in the environment, and its key, it goes there as it comes.
+
+Trackio keeps its runs in a folder of its own, TRACKIO_DIR or one in the user's cache, which
+`trackio show --project onpolicy` opens. With TRACKIO_SPACE_ID or TRACKIO_SERVER_URL in the
+environment they go there.
 """
 
+import contextlib
+import contextvars
 import importlib.util
+import io
 import os
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +47,15 @@ def check(config: Config) -> None:
 
 def begin(config: Config, directory: Path) -> list[Tracker]:
     """The trackers of a run, writing into its directory."""
-    made: list[Tracker] = []
-    for name in config.run.trackers:
-        folder = directory / name
-        made.append(
-            TensorBoard(folder) if name == "tensorboard" else WeightsAndBiases(folder, config)
-        )
-    return made
+    kinds: dict[str, Callable[[Path, Config], Tracker]]
+    kinds = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WeightsAndBiases}
+    return [kinds[name](directory / name, config) for name in config.run.trackers]
 
 
 class TensorBoard:
     """Event files with every number of each line, single precision, by its optimizer step."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: Config) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -126,3 +130,39 @@ class WeightsAndBiases:
         """Write out what is held back."""
         if self._run is not None:
             self._run.finish()
+
+
+class Trackio:
+    """A run of the project `onpolicy` with every number of each line, at its optimizer step.
+
+    It begins with the first line; one of a later step than the first goes on with the newest run of
+    that name. What is logged stays, as for W&B.
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.name, self.config = folder.parent.name, config
+        self._run: Any = None
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Take the next step's line."""
+        self._run = self._run or self._begin("allow" if line["step"] > 1 else "never")
+        self._run.log({k: v for k, v in numbers(line) if k != "step"}, step=line["step"])
+
+    def _begin(self, resume: str) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()):
+            import trackio
+
+            apart = contextvars.copy_context()  # it finishes the run of its context, also at exit
+            return apart.run(
+                trackio.init, project="onpolicy", name=self.name, resume=resume, embed=False,
+                config=yaml.safe_load(to_yaml(self.config)), auto_log_gpu=False, auto_log_cpu=False,
+            )  # fmt: skip
+
+    def cut(self, step: int) -> None:
+        """Nothing: what is logged stays."""
+
+    def close(self) -> None:
+        """Write out what is held back."""
+        if self._run is not None:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._run.finish()

@@ -101,7 +101,7 @@ class RateSchedule(Enum):
     cosine = "cosine"
 
 
-TRACKERS = ("tensorboard", "wandb")  # run.trackers; each is a Python package of that name
+TRACKERS = ("tensorboard", "trackio", "wandb")  # run.trackers; each a package of that name
 
 
 class Resume(Enum):

@@ -41,7 +41,7 @@ class RunConfig:
     name: str = ""
     dir: str = "runs"
     samples_per_round: int = 3  # rollouts kept per round in samples.jsonl, for people to read
-    trackers: list[str] = field(default_factory=list)  # also given the metrics: tensorboard, wandb
+    trackers: list[str] = field(default_factory=list)  # of `TRACKERS`, also given metrics
 
 
 @dataclass

@@ -1,7 +1,9 @@
-"""Trackers: TensorBoard and Weights & Biases have what metrics.jsonl says."""
+"""Trackers: TensorBoard, Trackio and Weights & Biases have what metrics.jsonl says."""
 
+import contextlib
 import importlib.util
 import json
+import sqlite3
 import struct
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,34 @@ def test_weights_and_biases_has_the_metrics_lines_in_one_run_and_sends_nothing(
     ]
     assert [one["retired_total.exhausted"] for one in history] == [10, 20, 30, 40, 50]
     assert [one["age.mean"] for one in history] == [1.5] * 5 and len(ids) == 1
+
+
+def test_trackio_has_the_metrics_lines_in_one_run_of_its_own_folder(tmp_path, monkeypatch, capsys):
+    for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))  # read when trackio is imported
+    pytest.importorskip("trackio")
+    run = tmp_path / "one"
+    run.mkdir()
+    config = settings("bandit", "run.trackers=trackio")
+    trackers.check(config)
+    for steps in ((1, 2, 3), (4, 5), (1, 2)):  # stopped, gone on with, and another of that name
+        file = MetricsFile(run / "metrics.jsonl", trackers.begin(config, run))
+        for step in steps:
+            file.add(line(step, 1 / step), evaluated=False)
+        file.close()
+    assert capsys.readouterr().out == ""
+
+    runs: dict[str, list[tuple[int, dict[str, float]]]] = {}
+    with contextlib.closing(sqlite3.connect(tmp_path / "store" / "onpolicy.db")) as store:
+        rows = store.execute("SELECT run_id, run_name, step, metrics FROM metrics ORDER BY id")
+        for run_id, name, step, metrics in rows:
+            assert name == "one"
+            runs.setdefault(run_id, []).append((step, json.loads(metrics)))
+    assert [[step for step, _ in one] for one in runs.values()] == [[1, 2, 3, 4, 5], [1, 2]]
+    for step, logged_line in next(iter(runs.values())):
+        expected = {"loss": 1 / step, "age.mean": 1.5, "age.max": 3}
+        assert logged_line == {**expected, "retired_total.exhausted": 10 * step}
 
 
 def test_a_tracker_that_is_not_installed_is_refused_in_one_line(monkeypatch):
