@@ -8,11 +8,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import httpx
 import numpy as np
+import psutil
 import pytest
 import ray
 from ray import serve
+from ray._raylet import AuthenticationTokenLoader
 
 from configs.choices import RewardKind
 from configs.schema import RewardConfig
@@ -264,6 +267,31 @@ def test_http_listens_on_loopback_only(peak_service):
             if state == "0A" and int(local.split(":")[1], 16) == port:
                 listening.add(local.split(":")[0])
     assert listening == {"0100007F"}
+
+
+def answer(address: str, *metadata: tuple[str, str]) -> grpc.StatusCode:
+    """How a gRPC server answers a call like those of Serve's handles, an empty one."""
+    with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+        with pytest.raises(grpc.RpcError) as answered:
+            ask(b"", metadata=metadata, timeout=REFUSED_WITHIN)
+    code: grpc.StatusCode = answered.value.code()
+    return code
+
+
+def test_a_replicas_grpc_refuses_who_lacks_rays_token_before_it_unpickles(peak_service):
+    every = psutil.process_iter(["cmdline"])
+    replicas = [p for p in every if "Replica:peak:Scorer" in " ".join(p.info["cmdline"] or [])]
+    opened = [one for p in replicas for one in p.net_connections("tcp") if one.status == "LISTEN"]
+    addresses = [f"localhost:{one.laddr.port}" for one in opened]
+    answers = {address: answer(address) for address in addresses}
+    # Of Ray's own port the method is unknown.
+    (mine,) = [a for a, code in answers.items() if code != grpc.StatusCode.UNIMPLEMENTED]
+    assert answers[mine] == grpc.StatusCode.UNAUTHENTICATED
+    assert answer(mine, ("authorization", "Bearer " + "0" * 64)) == answers[mine]
+    header = AuthenticationTokenLoader.instance().get_token_for_http_header()
+    token = [(key.lower(), value) for key, value in header.items()]
+    assert answer(mine, *token) == grpc.StatusCode.UNKNOWN  # let in: an empty pickle's EOFError
 
 
 GOOD = json.dumps({"prompts": [[0]], "responses": [[70]]}).encode()
