@@ -1,8 +1,10 @@
 """Learning rates by successive halving (Jamieson and Talwalkar, arXiv 1502.07943)."""
 
 import math
+import statistics
 from typing import Any
 
+from cluster.study.results import evaluations
 from cluster.study.spec import Cell, Search, Study
 from cluster.study.trials import Outcome, Trial, Trials
 
@@ -15,8 +17,9 @@ def search(study: Study, trials: Trials) -> tuple[dict[str, float], list[dict[st
     each run of the search: the combination, rung, rate, updates and score.
 
     All rates run for a fraction of `Search.updates`; the better half goes on for twice as long,
-    from the beginning, `rungs` times in all. A score is the final reward_eval; a failed run has
-    none, and a combination all of whose runs fail has no rate: RuntimeError names it.
+    from the beginning, `rungs` times in all. A score is what `Search.score` says, and of equal ones
+    the lower rate is taken. A failed run has none, and a combination all of whose runs fail has no
+    rate: RuntimeError names it.
     """
     spec = study.search
     if spec is None:
@@ -30,7 +33,7 @@ def search(study: Study, trials: Trials) -> tuple[dict[str, float], list[dict[st
         outcomes = trials.run([trial for _, trial in asked], f"search, rung {rung + 1}")
         ranked: dict[str, list[tuple[float, float]]] = {name: [] for name in cells}
         for (name, trial), outcome in zip(asked, outcomes):
-            score, rate = _score(outcome), float(trial.rate or 0.0)
+            score, rate = _score(outcome, spec.score), float(trial.rate or 0.0)
             row = {"rung": rung + 1, "rate": rate, "updates": updates, "score": score}
             rows.append({"for": name, **row, "failure": outcome.failure})
             if score is not None:
@@ -61,5 +64,10 @@ def _fitting(study: Study, updates: int) -> int:
     return max(updates, 10)
 
 
-def _score(outcome: Outcome) -> float | None:
-    return None if outcome.failure else float(outcome.summary["reward_eval"])
+def _score(outcome: Outcome, score: str) -> float | None:
+    if outcome.failure:
+        return None
+    if score == "last":
+        return float(outcome.summary["reward_eval"])
+    rows = evaluations(outcome.folder / "metrics.jsonl")
+    return statistics.fmean(row["reward_eval"] for row in rows)

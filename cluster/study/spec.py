@@ -38,13 +38,16 @@ class Search:
     """Learning rates, by successive halving, once for each combination of the axes `per`.
 
     at: labels of the other axes while searching (the first of each where not given). updates: of
-    a run in the last of the `rungs`; each rung before has half of the next one's.
+    a run in the last of the `rungs`; each rung before has half of the next one's. score: what the
+    best rate has most of, the `last` reward_eval, or the `mean` of all, where it is speed that is
+    compared.
     """
 
     per: tuple[str, ...] = ()
     at: dict[str, str] = field(default_factory=dict)
     updates: int = 200
     rungs: int = 3
+    score: str = "last"
     rates: tuple[float, ...] = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
@@ -197,6 +200,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         raise ConfigError(where, value, f"is no {named}", "see cluster/study/spec.py") from None
 
 
+SCORES = ("last", "mean")
 KINDS = ("curves", "heat", "bars")
 TESTS = ("greater", "similar", "rising", "falling")
 TAKES = ("final", "mean", "best", "steps_to", "seconds_to", "queries_to")
@@ -218,6 +222,7 @@ def _names(study: Study, search: Search) -> Iterator[tuple[str, str, Iterable[st
     """Where a name is used, the name, and those that it may be."""
     axes = study.axes
     yield from (("search.per", axis, axes) for axis in search.per)
+    yield "search.score", search.score, SCORES
     for figure in study.figures:
         yield "figures.kind", figure.kind, KINDS
         yield "figures.take", figure.take, TAKES

@@ -1,5 +1,6 @@
 """Studies as files: what a file may say, and that ours can be run."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def test_cells_are_the_product_of_the_axes_less_what_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
+        ("search: {score: odd}", "search.score=odd"),
         ("settings: [replay.samples_per_round=105]", "cell T 1, reward R1"),
         ("settings: [learner.updates=0]", "cell T 1, reward R1"),
         ("seeds: 0", "seeds=0"),
@@ -119,6 +121,27 @@ def test_halving_runs_the_better_half_twice_as_long_and_finds_the_best_rate(tmp_
     assert len(rows) == 36 and sum(row["score"] is None for row in rows) == 2
     assert combination(found, found.cells[1]) == "T 2"
     assert {t.seed for t in trials.asked} == {1000}  # never a seed of the results
+
+
+def test_a_search_for_speed_takes_the_rate_whose_mean_is_the_highest(tmp_path):
+    text = SMALL + "search: {rates: [0.001, 0.1], rungs: 1, score: mean}\n"
+    curves = {0.001: [0.2, 0.6, 1.0], 0.1: [0.9, 1.0, 0.99]}
+
+    class Written(Scored):
+        def run(self, trials: list[Trial], what: str) -> list[Outcome]:
+            return [outcome(trial) for trial in trials]
+
+    def outcome(trial: Trial) -> Outcome:
+        folder = tmp_path / str(trial.rate)
+        folder.mkdir()
+        curve = curves[trial.rate or 0.0]
+        lines = [json.dumps({"step": i, "reward_eval": v}) for i, v in enumerate(curve, 1)]
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        return Outcome(trial, folder, trial.rate or 0.0, {"reward_eval": curve[-1]})
+
+    rates, rows = find_rates(study(tmp_path, text), Written())  # type: ignore[arg-type]
+    assert rates == {"all": 0.1}
+    assert [row["score"] for row in rows] == pytest.approx([0.6, 2.89 / 3])
 
 
 def test_a_combination_without_any_working_rate_is_named(tmp_path):
