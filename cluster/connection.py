@@ -3,7 +3,8 @@
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -48,10 +49,20 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
     if address:
         ray.init(address=address, runtime_env={"env_vars": variables}, **quiet)
     else:
+        _keep_token()
         ray.init(
             address="local", num_cpus=LOGICAL_CPUS, include_dashboard=config.dashboard, **quiet
         )
+        _keep_token()  # if there was none before
     try:
         yield not address
     finally:
         ray.shutdown()
+
+
+def _keep_token() -> None:
+    """Ray's token, which Ray 2.60 writes for everyone to read, is read by this user only."""
+    path = Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):  # a home that is not ours to write has a token elsewhere
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.chmod(0o600)

@@ -76,6 +76,8 @@ def _token(config: Config) -> Answer:
     if mode == "disabled":
         fix = "unset RAY_AUTH_MODE"
         return "warning", "off: who reaches Ray's ports can run code as you", fix
+    if found.endswith("home folder") and path.stat().st_mode & 0o077:
+        return "warning", f"token {found}, which others may read", f"chmod 600 {path}"
     if found:
         return "ok", f"token {found}", ""
     fix = "on the head node: ray get-auth-token; here: put it into RAY_AUTH_TOKEN"

@@ -257,6 +257,9 @@ def test_ray_token(config, monkeypatch, tmp_path):
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     (file := tmp_path / "home" / ".ray" / "auth_token").parent.mkdir(parents=True)
     file.write_text("secret")
+    file.chmod(0o644)
+    assert doctor._token(config)[0] == "warning"
+    file.chmod(0o600)
     assert doctor._token(config)[0] == "ok"
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "nowhere"))
     assert doctor._token(config)[0] == "problem"
