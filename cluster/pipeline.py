@@ -16,6 +16,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from cluster import mirror
 from configs.bounds import leaves
 from configs.errors import ConfigError
 from configs.load import prepare
@@ -38,8 +39,10 @@ def pipeline(preset: str, settings: list[str]) -> dict[str, Any]:
 
     config = prepare(preset, settings)
     config.run.name = config.run.name or Path(preset).stem
+    mirror.check(config)
     config = run_stages(config)
     run = Path(config.run.dir) / config.run.name
+    mirror.fetch(config, run)
     summary = run_directory.finished(run) or train(config, config.run.name)
     done = {"train": summary}
     if summary["status"] == "finished":
@@ -54,7 +57,9 @@ def run_stages(config: Config) -> Config:
     for name in STAGES:
         if directory := directories(config)[name]:
             began = time.monotonic()
-            _RUN[name](earlier, directory)
+            mirror.fetch(config, directory)
+            with mirror.kept(config, directory, print):
+                _RUN[name](earlier, directory)
             print(f"{name}: {directory}, {time.monotonic() - began:.0f} s", flush=True)
     return named(config)
 

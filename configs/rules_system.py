@@ -124,8 +124,21 @@ def run_dir_is_a_path(config: Config) -> None:
     folder = config.run.dir
     if "://" in folder:
         problem = "is no path: a run renames, locks and appends to its files"
-        fix = "set run.dir to a folder that all nodes share, and copy finished runs from there"
+        fix = f"set run.dir to a folder that all nodes share, and run.mirror={shown(folder, 60)}"
         raise ConfigError("run.dir", folder, problem, fix)
+
+
+def mirror_is_an_address(config: Config) -> None:
+    """`run.mirror` is a URL without secrets, since settings are written down."""
+    url = config.run.mirror
+    if url and "://" not in url:
+        problem, fix = "is no URL", f"set run.mirror=file://{url}"
+    elif "@" in url.partition("://")[2].partition("/")[0]:
+        problem, fix = "holds a user or secret", "give it to the storage's package by other means"
+        url = url.partition("://")[0] + "://…"
+    else:
+        return
+    raise ConfigError("run.mirror", url, problem, fix)
 
 
 def trackers_are_known(config: Config) -> None:
@@ -149,6 +162,7 @@ SYSTEM_RULES: tuple[Rule, ...] = (
     run_name_is_a_file_name,
     metrics_are_no_faster_than_rays,
     run_dir_is_a_path,
+    mirror_is_an_address,
     faults_are_known,
     trackers_are_known,
 )

@@ -40,6 +40,7 @@ class RunConfig:
 
     name: str = ""
     dir: str = "runs"
+    mirror: str = ""  # also kept there, a URL of fsspec's: s3://bucket/runs, gs://bucket/runs
     samples_per_round: int = 3  # rollouts kept per round in samples.jsonl, for people to read
     trackers: list[str] = field(default_factory=list)  # of `TRACKERS`, also given metrics
 
