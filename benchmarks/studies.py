@@ -21,7 +21,8 @@ from benchmarks import results
 from benchmarks.outside import OutsideRun, own_settings
 from cluster import connection
 from cluster.study import spec
-from cluster.study.trials import Trial, Trials
+from cluster.study.trial import Trial
+from cluster.study.trials import Trials
 from configs.errors import ConfigError
 from configs.schema import ClusterConfig
 from reward_server.service import start_serve

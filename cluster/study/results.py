@@ -1,6 +1,8 @@
 """A study's trials as one table: a row per evaluation."""
 
+import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cluster.study.trials import Outcome
+from cluster.study.trial import Outcome
 
 MEANS = (  # of the updates since the evaluation before
     "reward_mean", "kl_to_generator", "kl_from_generator", "kl_to_reference", "ess", "loss",
@@ -22,24 +24,59 @@ def frame(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     training), the metrics of EVALUATED, those of MEANS, and `age`, `age_first` (of rollouts at
     their first use), `reuse`, `seconds` (of training so far, waiting included) and `queries` (of
     the reward so far). A failed trial is one row without metrics."""
-    rows: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for outcome in outcomes:
         trial = outcome.trial
-        common = {**trial.cell, "seed": trial.seed, "rate": outcome.rate,
+        status = "failed" if outcome.failure else "finished"
+        common = {**trial.cell, "seed": trial.seed, "rate": outcome.rate, "status": status,
                   "trial": outcome.folder.name, "failure": outcome.failure}  # fmt: skip
-        if outcome.failure:
-            rows.append({**common, "status": "failed"})
-            continue
-        known = outcome.summary
-        initial = {"step": 0, "reward_eval": known["reward_initial"]}
-        if known.get("reward_gold_initial") is not None:
-            initial["reward_gold"] = known["reward_gold_initial"]
-        rows.append({**common, "status": "finished", **initial, "seconds": 0.0, "queries": 0})
-        for row in evaluations(outcome.folder / "metrics.jsonl"):
-            rows.append({**common, "status": "finished", **row})
+        found += [{**common, **row} for row in outcome.rows or [{}]]
     wanted = ["step", *EVALUATED, *MEANS, "age", "age_first", "reuse", "seconds", "queries"]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(found)
     return table.reindex(columns=[*dict.fromkeys([*table.columns, *wanted])])
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """A finished run's evaluations, that before training first; none where it is unfinished."""
+    try:
+        known = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    if known.get("status") != "finished":
+        return []
+    first = {"step": 0, "reward_eval": known["reward_initial"], "seconds": 0.0, "queries": 0}
+    if known.get("reward_gold_initial") is not None:
+        first["reward_gold"] = known["reward_gold_initial"]
+    return [first, *evaluations(folder / "metrics.jsonl")]
+
+
+class Kept:
+    """Evaluations of finished trials, by name, in one file that is whole at any time. A disk that
+    does not take it costs no trial: its run directory is there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+        if path.exists():
+            for name, table in pd.read_parquet(path).groupby("trial", sort=False):
+                lines = table.drop(columns="trial").to_dict("records")
+                self._rows[str(name)] = [{str(k): v for k, v in line.items()} for line in lines]
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        """A trial's; none where it is not there."""
+        return self._rows.get(name, [])
+
+    def add(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Keep a trial's, if it has any."""
+        if not rows:
+            return
+        self._rows[name] = rows
+        beside = self.path.with_suffix(".part")
+        every = [{"trial": name, **row} for name, known in self._rows.items() for row in known]
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            pd.DataFrame(every).to_parquet(beside)
+            os.replace(beside, self.path)
 
 
 def evaluations(path: Path) -> Iterator[dict[str, Any]]:

@@ -4,9 +4,9 @@ import math
 import statistics
 from typing import Any
 
-from cluster.study.results import evaluations
 from cluster.study.spec import Cell, Search, Study
-from cluster.study.trials import Outcome, Trial, Trials
+from cluster.study.trial import Outcome, Trial
+from cluster.study.trials import Trials
 
 SEED = 1000  # of the search's runs; results are of other seeds
 KEEP = 2  # of so many rates one goes on to the next rung
@@ -67,7 +67,5 @@ def _fitting(study: Study, updates: int) -> int:
 def _score(outcome: Outcome, score: str) -> float | None:
     if outcome.failure:
         return None
-    if score == "last":
-        return float(outcome.summary["reward_eval"])
-    rows = evaluations(outcome.folder / "metrics.jsonl")
-    return statistics.fmean(row["reward_eval"] for row in rows)
+    values = [row["reward_eval"] for row in outcome.rows if row["step"]]
+    return float(values[-1] if score == "last" else statistics.fmean(values))

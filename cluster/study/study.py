@@ -13,7 +13,8 @@ from cluster import connection, pipeline
 from cluster.run_directory import describe_environment
 from cluster.study import claims, figures, page, results, spec, theory
 from cluster.study.search import combination, search
-from cluster.study.trials import Trial, Trials
+from cluster.study.trial import Trial
+from cluster.study.trials import Trials
 from configs.errors import ConfigError
 from configs.schema import ClusterConfig
 from reward_server.service import start_serve

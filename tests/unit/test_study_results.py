@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from cluster.study.results import frame
-from cluster.study.trials import Outcome, Trial
+from cluster.study.results import Kept, frame, rows
+from cluster.study.trial import Outcome, Trial
 
 
 def line(step: int, cells: list[tuple[int, int, int]], **more: float) -> str:
@@ -23,7 +24,9 @@ def line(step: int, cells: list[tuple[int, int, int]], **more: float) -> str:
 def finished(folder: Path, text: str) -> Outcome:
     folder.mkdir()
     (folder / "metrics.jsonl").write_text(text)
-    return Outcome(Trial({"T": "2"}, 3, 1e-3), folder, 1e-3, {"reward_initial": 0.1})
+    summary = {"status": "finished", "reward_initial": 0.1}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return Outcome(Trial({"T": "2"}, 3, 1e-3), folder, 1e-3, rows(folder))
 
 
 def test_a_row_is_an_evaluation_with_the_means_since_the_one_before(tmp_path):
@@ -43,7 +46,19 @@ def test_a_row_is_an_evaluation_with_the_means_since_the_one_before(tmp_path):
 
 def test_a_failed_trial_is_a_row_that_says_why(tmp_path):
     good = finished(tmp_path / "trial", line(1, [(0, 1, 10)], reward_eval=0.2))
-    bad = Outcome(Trial({"T": "1"}, 0), tmp_path / "bad", 1e-3, {}, "the reward broke")
+    bad = Outcome(Trial({"T": "1"}, 0), tmp_path / "bad", 1e-3, [], "the reward broke")
     table = frame([good, bad])
     (row,) = table[table.status == "failed"].itertuples()
     assert row.failure == "the reward broke" and row.reward_eval != row.reward_eval
+
+
+def test_a_finished_trial_is_known_without_its_run_directory(tmp_path):
+    text = line(1, [(0, 1, 10)], reward_eval=0.2) + line(2, [(0, 1, 10)], ess=0.5, reward_eval=0.6)
+    trial = finished(tmp_path / "trial", text)
+    kept = Kept(tmp_path / "trials.parquet")
+    kept.add("trial", trial.rows)
+    kept.add("unfinished", rows(tmp_path / "nowhere"))
+    again = Kept(tmp_path / "trials.parquet")
+    assert again.of("unfinished") == [] == again.of("another")
+    same = Outcome(trial.trial, trial.folder, 1e-3, again.of("trial"))
+    pd.testing.assert_frame_equal(frame([trial]), frame([same]), check_dtype=False)

@@ -1,6 +1,5 @@
 """Studies as files: what a file may say, and that ours can be run."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from cluster.study.search import combination
 from cluster.study.search import search as find_rates
 from cluster.study.spec import STUDIES, load
-from cluster.study.trials import Outcome, Trial, _digest
+from cluster.study.trial import Outcome, Trial, _digest
 from configs.errors import ConfigError
 from configs.load import prepare
 from configs.schema import Config
@@ -108,7 +107,7 @@ class Scored:
         assert trial.rate is not None
         reward = trial.updates / 1000 - abs(trial.rate - 3e-3)
         failure = "diverged" if trial.rate == 0.3 else ""
-        return Outcome(trial, Path(), trial.rate, {"reward_eval": reward}, failure)
+        return Outcome(trial, Path(), trial.rate, [{"step": 1, "reward_eval": reward}], failure)
 
 
 def test_halving_runs_the_better_half_twice_as_long_and_finds_the_best_rate(tmp_path):
@@ -132,12 +131,9 @@ def test_a_search_for_speed_takes_the_rate_whose_mean_is_the_highest(tmp_path):
             return [outcome(trial) for trial in trials]
 
     def outcome(trial: Trial) -> Outcome:
-        folder = tmp_path / str(trial.rate)
-        folder.mkdir()
-        curve = curves[trial.rate or 0.0]
-        lines = [json.dumps({"step": i, "reward_eval": v}) for i, v in enumerate(curve, 1)]
-        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-        return Outcome(trial, folder, trial.rate or 0.0, {"reward_eval": curve[-1]})
+        curve = [0.0, *curves[trial.rate or 0.0]]  # the first is before training
+        rows = [{"step": step, "reward_eval": value} for step, value in enumerate(curve)]
+        return Outcome(trial, Path(), trial.rate or 0.0, rows)
 
     rates, rows = find_rates(study(tmp_path, text), Written())  # type: ignore[arg-type]
     assert rates == {"all": 0.1}
