@@ -13,7 +13,7 @@ from configs.errors import one_line
 
 TOKEN_LIMIT = 2**31  # token ids are int32
 FILES = (".jsonl", ".json", ".parquet", ".arrow")
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?")
 
 
 class DataError(ValueError):
@@ -61,7 +61,7 @@ def parquet_rows(path: str) -> Iterator[Row]:
 
 def dataset_rows(path: str, split: str, subset: str = "", streaming: bool = False) -> Iterator[Row]:
     """Rows of a Hugging Face data set: a saved or loadable directory, an Arrow file, else a name on
-    the hub.
+    the hub, of a commit or branch as NAME@REVISION.
 
     subset: of a data set that has several. streaming: read as it is asked for, not at once. Raises
     DataError where it cannot be loaded or has no such split. Rows count from 0.
@@ -147,7 +147,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
 def _load_dataset(path: str, split: str, subset: str, streaming: bool) -> Any:
     import datasets
 
-    options = {"name": subset or None, "split": split, "streaming": streaming}
+    options: dict[str, Any] = {"name": subset or None, "split": split, "streaming": streaming}
     try:
         if path.endswith(".arrow"):
             return datasets.Dataset.from_file(path)
@@ -159,7 +159,8 @@ def _load_dataset(path: str, split: str, subset: str, streaming: bool) -> Any:
             return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         if os.path.isabs(path) or path.startswith(".") or path.count("/") > 1:
             raise FileNotFoundError("no such directory")
-        return datasets.load_dataset(path, **options)
+        name, _, revision = path.partition("@")
+        return datasets.load_dataset(name, revision=revision or None, **options)
     except Exception as error:  # the hub's and the builders' errors share no base class
         problem = f"cannot be loaded with split={split}: {brief(error)}"
         raise DataError(f"{path}: {problem}") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from actors import policy
+from actors.tables import table_rows
 from cluster.run_directory import describe_environment
 from configs.load import prepare, presets
 from configs.schema import Config, PolicyConfig
@@ -58,6 +59,22 @@ def test_nothing_from_outside_is_unpickled():
         assert given(call).get("allow_pickle", "False") == "False", file
         assert name not in ("eval", "exec", "os.system", "yaml.load"), (file, name)
         assert given(call).get("shell", "False") == "False", file
+
+
+def test_a_data_set_on_the_hub_is_read_at_the_commit_that_is_named(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(path: str, **options: object) -> list[dict[str, int]]:
+        asked.append((path, options["revision"]))
+        return [{"a": 1}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for path in ("some/where@0123abcd", "some/where"):
+        (row,) = table_rows(path)
+        assert row.values == {"a": 1}
+    assert asked == [("some/where", "0123abcd"), ("some/where", None)]
 
 
 def test_a_hub_name_without_a_commit_is_refused():
