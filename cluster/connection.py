@@ -50,10 +50,12 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
         ray.init(address=address, runtime_env={"env_vars": variables}, **quiet)
     else:
         _keep_token()
-        ray.init(
-            address="local", num_cpus=LOGICAL_CPUS, include_dashboard=config.dashboard, **quiet
-        )
-        _keep_token()  # if there was none before
+        try:
+            ray.init(
+                address="local", num_cpus=LOGICAL_CPUS, include_dashboard=config.dashboard, **quiet
+            )
+        finally:
+            _keep_token()  # if there was none before
     try:
         yield not address
     finally:
@@ -62,7 +64,7 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
 
 def _keep_token() -> None:
     """Ray's token, which Ray 2.60 writes for everyone to read, is read by this user only."""
-    path = Path.home() / ".ray" / "auth_token"
-    with suppress(OSError):  # a home that is not ours to write has a token elsewhere
+    with suppress(OSError, RuntimeError):  # without a home of ours the token is elsewhere
+        path = Path.home() / ".ray" / "auth_token"
         path.parent.mkdir(mode=0o700, exist_ok=True)
         path.chmod(0o600)

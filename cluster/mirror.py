@@ -1,13 +1,17 @@
 """A run's directory on object storage as well (`run.mirror`), and from there to another machine.
 
 A run renames, locks and appends, which object storage has not. So it lives in `run.dir`, and a
-thread of the driver brings over what changed, every SECONDS and at the end. The journal goes first,
-then checkpoints, their manifests after their other files, and summary.json last: what was broken
-off in between is no checkpoint and no finished run there. A run whose directory is not here, and
-whose mirror is there, is fetched and gone on with from its newest checkpoint; what came after the
-last copy is then unknown to its ledger.
+thread of the driver brings over what changed, every SECONDS and at the end: the newest checkpoint,
+and every other file but the journal. A checkpoint's manifest comes after its other files and
+summary.json last of all, so that what was broken off in between is no checkpoint and no finished
+run there; what is no longer here is removed there once all else is there.
 
-    with kept(config, directory.path, say):
+A run that is only there is fetched, and goes on from its newest checkpoint as if nothing had come
+after. A copy belongs to one directory, by an id in both: where another has taken it over, or
+nothing of ours made it, it is refused and not written to.
+
+    meet(config, directory)  # before a run's directory is taken
+    with kept(config, directory, say):
         ...  # the run
 """
 
@@ -15,61 +19,83 @@ import contextlib
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoints import MANIFEST
+from cluster.checkpoints import MANIFEST, Checkpoints
 from cluster.restarts import reason
 from configs.choices import Resume
 from configs.errors import ConfigError
 from configs.schema import Config
 
 SECONDS = 60.0
-ROUNDS = 3  # at once, where files went away while they were brought over
-_LOCAL = ("run.lock", "faults")  # of this machine
+ATTEMPTS = 3  # at once, where a file went away while it was brought over
+OWNER = ".mirror"  # the id, there and here
+SUMMARY = "summary.json"
+_PINNED = "mirror.part"  # links to the checkpoint that is being brought over
+_LOCAL = ("run.lock", "faults", "journal", OWNER)
 Say = Callable[[str], None]
 
 
 def check(config: Config) -> None:
     """ConfigError where the mirror cannot be written, or the run has no name to be found by."""
-    url = config.run.mirror
-    if not url:
+    if not config.run.mirror:
         return
     if not config.run.name:
         problem = "a run with run.mirror needs a name, to be found by"
         raise ConfigError("run.name", "", problem, "set run.name")
-    try:
-        files, root = _storage(url)
-        files.makedirs(root, exist_ok=True)
+    with _stated(config):
+        files, root = _storage(config.run.mirror)
         files.pipe_file(f"{root}/.onpolicy", b"")
-    except Exception as error:  # of whichever storage it is
-        fix = "look at its address, the rights to it, and the package that fsspec names for it"
-        raise ConfigError("run.mirror", url, reason(error), fix) from error
 
 
-def fetch(config: Config, directory: Path) -> None:
-    """Bring a run's directory here from the mirror, where there is one only there."""
-    if not config.run.mirror or directory.exists() or config.resume is Resume.never:
+def meet(config: Config, directory: Path) -> None:
+    """Fetch a run that is only on the mirror. ConfigError where its copy is not this directory's.
+
+    With resume=never an unfinished one is left to be written over.
+    """
+    if not config.run.mirror:
         return
-    files, remote = _opened(config, directory)
-    part = directory.with_name(directory.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    for name in sorted(files.find(remote)):
-        target = part / name.removeprefix(remote).lstrip("/")
+    with _stated(config):
+        files, remote = _opened(config, directory)
+        names = files.find(remote)
+        owner = files.cat_file(f"{remote}/{OWNER}") if f"{remote}/{OWNER}" in names else b""
+    here = directory.exists() and any(directory.iterdir())
+    if names and (not owner or (here and owner.decode() != _id(directory))):
+        problem = f"{remote} is not the copy of {directory}"
+        fix = f"take another run.name, or remove {directory} to go on with what is there"
+        if not owner:
+            fix = "take another run.name or run.mirror"
+        raise ConfigError("run.mirror", config.run.mirror, problem, fix)
+    finished = f"{remote}/{SUMMARY}" in names
+    if names and not here and (finished or config.resume is not Resume.never):
+        with _stated(config):
+            _fetch(files, remote, names, directory)
+
+
+def _fetch(files: Any, remote: str, names: list[str], directory: Path) -> None:
+    part = directory.with_name(f"{directory.name}.{os.getpid()}.part")
+    for name in names:
+        inside = name.removeprefix(remote).lstrip("/")
+        target = part / inside
         if not target.resolve().is_relative_to(part.resolve()):
-            raise ConfigError("run.mirror", config.run.mirror, f"holds {name}", "remove that")
+            raise ValueError(f"{name} would lie outside the run")
         target.parent.mkdir(parents=True, exist_ok=True)
         files.get_file(name, str(target))
-    if part.exists():
-        os.rename(part, directory)
+    (part / OWNER).unlink()
+    _own(files, remote, part)  # from now on where it came from is not its directory
+    if directory.exists():
+        directory.rmdir()
+    os.rename(part, directory)
 
 
 @contextlib.contextmanager
 def kept(config: Config, directory: Path, say: Say) -> Iterator[None]:
-    """Mirror a directory while the block runs, and once more at its end, as far as
-    `limits.wait_seconds` lets that take; nothing without run.mirror. What goes wrong is said and
-    stops nothing."""
+    """Mirror a directory while the block runs, and once more at its end, for at most
+    `limits.mirror_seconds`; nothing without run.mirror. What goes wrong is said and stops nothing.
+    """
     if not config.run.mirror:
         yield
         return
@@ -80,16 +106,28 @@ def kept(config: Config, directory: Path, say: Say) -> Iterator[None]:
         yield
     finally:
         mirror.end.set()
-        thread.join(limit := config.limits.wait_seconds)
+        thread.join(limit := config.limits.mirror_seconds)
         if thread.is_alive():
-            say(f"run.mirror: still not whole after {limit:g} s (limits.wait_seconds)")
+            say(f"run.mirror: not whole after {limit:g} s (limits.mirror_seconds): copy the rest")
+
+
+@contextlib.contextmanager
+def _stated(config: Config) -> Iterator[None]:
+    """The storage's errors as ConfigError."""
+    try:
+        yield
+    except Exception as error:  # of whichever storage it is
+        fix = "look at its address, the rights to it, and the package that fsspec names for it"
+        raise ConfigError("run.mirror", config.run.mirror, reason(error), fix) from error
 
 
 def _storage(url: str) -> tuple[Any, str]:
     """The file system that a URL names, and the path in it."""
     import fsspec  # which runs without a mirror need not wait for
 
-    files, root = fsspec.core.url_to_fs(url)
+    # Elsewhere a missing folder is none, and a missing bucket is not to be made.
+    options = {"auto_mkdir": True} if url.startswith("file://") else {}
+    files, root = fsspec.core.url_to_fs(url, **options)
     return files, root.rstrip("/")
 
 
@@ -101,79 +139,144 @@ def _opened(config: Config, directory: Path) -> tuple[Any, str]:
     return files, f"{root}/{place.as_posix()}"
 
 
+def _id(directory: Path) -> str:
+    """The id that a directory shares with its copy; empty where it has none."""
+    file = directory / OWNER
+    return file.read_text(encoding="utf-8") if file.exists() else ""
+
+
 class Mirror:
     """One directory's copy. files: an fsspec file system; remote: the copy's path in it."""
 
     def __init__(self, files: Any, remote: str, directory: Path, say: Say) -> None:
         self.files, self.remote, self.directory, self.say = files, remote, directory, say
         self.end = threading.Event()
-        self._sent: dict[str, tuple[int, int]] | None = None  # size and time of what is there
+        self._there: set[str] | None = None  # names in the copy
+        self._sent: dict[str, tuple[int, int]] = {}  # size and time of what was brought over
+        self._checkpoint: tuple[str, set[str]] = ("", set())  # the newest that is there, its files
         self._failed = ""
 
     def run(self) -> None:
         """Bring over what changed, again and again, and once more when `end` is set."""
+        self._try()
         while not self.end.wait(SECONDS):
             self._try()
         self._failed = ""  # said again
         self._try()
 
     def _try(self) -> None:
-        try:
-            for _ in range(ROUNDS):
-                if self.push():
-                    break
-            self._failed = ""
-        except Exception as error:  # of whichever storage it is
-            if (why := reason(error)) != self._failed:
-                self.say(f"run.mirror: {why}")
-            self._failed = why
+        for attempt in range(ATTEMPTS):
+            try:
+                self.push()
+                self._failed = ""
+                return
+            except Exception as error:  # of whichever storage it is, or a file that went away
+                if isinstance(error, FileNotFoundError) and attempt < ATTEMPTS - 1:
+                    continue
+                if (why := reason(error)) != self._failed:
+                    self._failed = why
+                    with contextlib.suppress(OSError):  # a reader that went away
+                        self.say(f"run.mirror: {why}")
+                return
 
-    def push(self) -> bool:
-        """Bring over what changed; what went away here is removed there, once all else is there.
+    def push(self) -> None:
+        """Bring over what changed, then remove there what is no longer here.
 
-        False where a file went away meanwhile, so that the copy may lack what belongs to it.
+        A directory that has gone, its disk unmounted say, changes nothing there. OSError and the
+        like: not all of it is there, and nothing was removed.
         """
-        if self._sent is None:
-            known = self.files.find(self.remote)
-            self._sent = {name.removeprefix(self.remote).lstrip("/"): (-1, 0) for name in known}
-        found, whole = _files(self.directory), True
-        for name in sorted(found, key=_order):
-            if self._sent.get(name) != found[name]:
-                whole &= self._send(name, found[name])
-        if whole:
-            for name in set(self._sent) - set(found):
-                self.files.rm_file(f"{self.remote}/{name}")
-                del self._sent[name]
-        return whole
+        if not self.directory.is_dir() or not any(self.directory.iterdir()):
+            return
+        there = self._begun()
+        name, files = self._newest()
+        links = self.directory / "checkpoints" / _PINNED
+        try:  # linked before the rest is listed, which is then as new or newer
+            checkpoint = _pin(files, links, f"checkpoints/{name}") if files else {}
+            found = _files(self.directory)
+            last = {SUMMARY: found.pop(SUMMARY)} if SUMMARY in found else {}
+            for target, path in {**found, **checkpoint, **last}.items():
+                self._send(target, path)
+        finally:
+            shutil.rmtree(links, ignore_errors=True)
+        if name != self._checkpoint[0]:
+            self._checkpoint = name, set(checkpoint)
+        keep = {*found, *last, *self._checkpoint[1], OWNER}
+        for target in there - keep:
+            self.files.rm_file(f"{self.remote}/{target}")
+        there &= keep
 
-    def _send(self, name: str, stamp: tuple[int, int]) -> bool:
-        assert self._sent is not None
-        target = f"{self.remote}/{name}"
-        try:
-            self.files.makedirs(target.rpartition("/")[0], exist_ok=True)
-            self.files.put_file(str(self.directory / name), target)
-        except FileNotFoundError:
-            if (self.directory / name).exists():
-                raise  # it is the storage's
-            return False
-        self._sent[name] = stamp
-        return True
+    def _newest(self) -> tuple[str, Path | None]:
+        """The newest checkpoint's name, and its folder where it is not there yet."""
+        checkpoints = Checkpoints(self.directory / "checkpoints", 1)
+        if not (batches := checkpoints.batches()):
+            return "", None
+        path = checkpoints.path(batches[-1])
+        return path.name, path if path.name != self._checkpoint[0] else None
+
+    def _begun(self) -> set[str]:
+        """The names in the copy, which is made this directory's own, and unfinished, at first."""
+        if self._there is None:
+            names = self.files.find(self.remote)
+            there = {name.removeprefix(self.remote).lstrip("/") for name in names}
+            _own(self.files, self.remote, self.directory)
+            if SUMMARY in there and not (self.directory / SUMMARY).exists():
+                self.files.rm_file(f"{self.remote}/{SUMMARY}")
+                there.remove(SUMMARY)
+            self._there = there
+        return self._there
+
+    def _send(self, name: str, path: Path) -> None:
+        stat = path.stat()
+        stamp = (stat.st_size, stat.st_mtime_ns)
+        if self._sent.get(name) != stamp:
+            self.files.put_file(str(path), f"{self.remote}/{name}")
+            self._sent[name] = stamp
+            self._begun().add(name)
 
 
-def _files(directory: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of each file that belongs to the copy, by its path."""
-    found = {}
-    for path in directory.rglob("*"):
-        inside = path.relative_to(directory)
-        unfinished = any(part.endswith(".part") for part in inside.parts)
-        with contextlib.suppress(FileNotFoundError):
-            if path.is_file() and not unfinished and inside.parts[0] not in _LOCAL:
-                stat = path.stat()
-                found[inside.as_posix()] = (stat.st_size, stat.st_mtime_ns)
+def _own(files: Any, remote: str, directory: Path) -> None:
+    """Make a copy the directory's, by its id, which is made where it has none."""
+    if not _id(directory):
+        (directory / OWNER).write_text(uuid.uuid4().hex, encoding="utf-8")
+    files.pipe_file(f"{remote}/{OWNER}", _id(directory).encode())
+
+
+def _pin(folder: Path, links: Path, name: str) -> dict[str, Path]:
+    """A checkpoint's files by their names there, the manifest last, from links of ours: it may be
+    pruned while it is brought over."""
+    shutil.rmtree(links, ignore_errors=True)
+    shutil.copytree(folder, links, copy_function=_link)
+    paths = sorted((p for p in links.rglob("*") if p.is_file()), key=lambda p: p.name == MANIFEST)
+    return {f"{name}/{path.relative_to(links).as_posix()}": path for path in paths}
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    """What belongs to the copy beside checkpoints, by its name there. OSError where that cannot be
+    known."""
+    found: dict[str, Path] = {}
+
+    def failed(error: OSError) -> None:
+        raise error
+
+    for folder, folders, names in os.walk(directory, onerror=failed):
+        inside = Path(folder).relative_to(directory)
+        folders[:] = sorted(d for d in folders if _belongs(inside / d))
+        for name in sorted(names):
+            if _belongs(inside / name):
+                found[(inside / name).as_posix()] = Path(folder) / name
     return found
 
 
-def _order(name: str) -> tuple[int, str]:
-    """What makes a thing whole comes after the rest of it."""
-    first = {"journal": 0, "checkpoints": 2}.get(name.partition("/")[0], 1)
-    return {MANIFEST: 3, "summary.json": 4}.get(name.rpartition("/")[2], first), name
+def _belongs(inside: Path) -> bool:
+    checkpoint = inside.parts[0] == "checkpoints" and inside.name.startswith("batch-")
+    return inside.suffix != ".part" and inside.parts[0] not in _LOCAL and not checkpoint
+
+
+def _link(source: str, target: str) -> None:
+    """One file under two names, or a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)

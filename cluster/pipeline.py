@@ -42,11 +42,12 @@ def pipeline(preset: str, settings: list[str]) -> dict[str, Any]:
     mirror.check(config)
     config = run_stages(config)
     run = Path(config.run.dir) / config.run.name
-    mirror.fetch(config, run)
+    mirror.meet(config, run)
     summary = run_directory.finished(run) or train(config, config.run.name)
     done = {"train": summary}
     if summary["status"] == "finished":
-        done["evaluate"] = judge.evaluate(run, [])
+        with mirror.kept(config, run, print):
+            done["evaluate"] = judge.evaluate(run, [])
     return done
 
 
@@ -57,9 +58,7 @@ def run_stages(config: Config) -> Config:
     for name in STAGES:
         if directory := directories(config)[name]:
             began = time.monotonic()
-            mirror.fetch(config, directory)
-            with mirror.kept(config, directory, print):
-                _RUN[name](earlier, directory)
+            _RUN[name](earlier, directory)
             print(f"{name}: {directory}, {time.monotonic() - began:.0f} s", flush=True)
     return named(config)
 

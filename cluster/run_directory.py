@@ -95,7 +95,7 @@ def choose(config: Config, preset: str, matters: Matters = _matters) -> Path:
     if not config.run.name:
         return _next_free(root, preset)
     path = root / config.run.name
-    mirror.fetch(config, path)
+    mirror.meet(config, path)
     if finished(path):
         problem = f"is finished ({path})"
         raise ConfigError("run.name", config.run.name, problem, "take another, or none")

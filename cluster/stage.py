@@ -55,6 +55,7 @@ def run_stage(config: Config, kind: Kind, directory: Path) -> dict[str, Any]:
     input cannot be used, or where the directory was begun with other settings. A failure later on
     ends the stage with status "failed", its reason in the summary.
     """
+    mirror.meet(config, directory)
     done = run_directory.finished(directory)
     if done and (directory / OUTPUT).is_dir():
         _finished_alike(config, kind, directory)
@@ -71,8 +72,7 @@ def run_named(config: Config, kind: Kind, preset: str) -> dict[str, Any]:
     stage = open_stage(config, kind)
     mirror.check(config)
     path = run_directory.choose(config, f"{preset}-{kind}", _matters(kind))
-    with mirror.kept(config, path, print):
-        return _run(config, stage, run_directory.take(path, config))
+    return _run(config, stage, run_directory.take(path, config))
 
 
 def _matters(kind: Kind) -> run_directory.Matters:
@@ -96,7 +96,8 @@ def _run(config: Config, stage: Stage, directory: RunDirectory) -> dict[str, Any
             if count:
                 progress.message(f"{count} of {stage.rows} rows are dropped: {why}")
         progress.message("starting Ray")
-        with connection.connected(config.cluster):
+        kept = mirror.kept(config, directory.path, progress.message)
+        with kept, connection.connected(config.cluster):
             return StageRun(config, stage, directory, progress).complete()
 
 

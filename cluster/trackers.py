@@ -101,17 +101,13 @@ class WeightsAndBiases:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        self.folder.mkdir(exist_ok=True)
-        known = self.folder / "id"
-        if not known.exists():
-            known.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
         quiet = wandb.Settings(
             console="off", silent=True, disable_git=True, save_code=False, x_disable_meta=True,
             x_disable_stats=True, x_save_requirements=False,
         )  # fmt: skip # the run's own files say all of that
         mode: Any = os.environ.get("WANDB_MODE", MODES[0])
         run = wandb.init(
-            project="onpolicy", name=self.folder.parent.name, id=known.read_text(encoding="utf-8"),
+            project="onpolicy", name=self.folder.parent.name, id=_id(self.folder),
             resume="allow", dir=self.folder, mode=mode,
             config=yaml.safe_load(to_yaml(self.config)), settings=quiet,
         )  # fmt: skip
@@ -135,26 +131,27 @@ class WeightsAndBiases:
 class Trackio:
     """A run of the project `onpolicy` with every number of each line, at its optimizer step.
 
-    It begins with the first line; one of a later step than the first goes on with the newest run of
-    that name. What is logged stays, as for W&B.
+    It is named by the run and an id, by which a run that goes on finds its own. What is logged
+    stays, as for W&B.
     """
 
     def __init__(self, folder: Path, config: Config) -> None:
-        self.name, self.config = folder.parent.name, config
+        self.folder, self.config = folder, config
         self._run: Any = None
 
     def add(self, line: dict[str, Any]) -> None:
         """Take the next step's line."""
-        self._run = self._run or self._begin("allow" if line["step"] > 1 else "never")
+        self._run = self._run or self._begin()
         self._run.log({k: v for k, v in numbers(line) if k != "step"}, step=line["step"])
 
-    def _begin(self, resume: str) -> Any:
+    def _begin(self) -> Any:
+        name = f"{self.folder.parent.name} {_id(self.folder)}"
         with contextlib.redirect_stdout(io.StringIO()):
             import trackio
 
             apart = contextvars.copy_context()  # it finishes the run of its context, also at exit
             return apart.run(
-                trackio.init, project="onpolicy", name=self.name, resume=resume, embed=False,
+                trackio.init, project="onpolicy", name=name, resume="allow", embed=False,
                 config=yaml.safe_load(to_yaml(self.config)), auto_log_gpu=False, auto_log_cpu=False,
             )  # fmt: skip
 
@@ -166,3 +163,12 @@ class Trackio:
         if self._run is not None:
             with contextlib.redirect_stdout(io.StringIO()):
                 self._run.finish()
+
+
+def _id(folder: Path) -> str:
+    """The id of a run's tracker, made at first."""
+    folder.mkdir(exist_ok=True)
+    known = folder / "id"
+    if not known.exists():
+        known.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    return known.read_text(encoding="utf-8")

@@ -83,6 +83,7 @@ _GROUPS: dict[Bound, str] = {
     _over_zero(0.1): "objective.beta",
     _over_zero(1e-3): "learner.lr",
     _over_zero(120.0): "limits.wait_seconds limits.placement_seconds",
+    _over_zero(240.0): "limits.mirror_seconds",
     _over_zero(60.0): "limits.queue_seconds limits.transfer_seconds",
     _over_zero(1e-5): "limits.engine_mismatch_kl",
     _over_zero(300.0): "limits.startup_seconds",

@@ -133,8 +133,8 @@ def mirror_is_an_address(config: Config) -> None:
     url = config.run.mirror
     if url and "://" not in url:
         problem, fix = "is no URL", f"set run.mirror=file://{url}"
-    elif "@" in url.partition("://")[2].partition("/")[0]:
-        problem, fix = "holds a user or secret", "give it to the storage's package by other means"
+    elif "?" in url or ":" in url.partition("://")[2].partition("/")[0].rpartition("@")[0]:
+        problem, fix = "may hold a secret", "give that to the storage's package by other means"
         url = url.partition("://")[0] + "://…"
     else:
         return

@@ -201,6 +201,7 @@ class LimitsConfig:
     """No wait without a limit, no failure without a count."""
 
     wait_seconds: float = 120.0  # for an answer
+    mirror_seconds: float = 240.0  # for the last copy to run.mirror
     startup_seconds: float = 300.0
     placement_seconds: float = 120.0  # for the cluster to have room, nodes being added included
     queue_seconds: float = 60.0  # for the queue to say how it is, before it is taken to hang

@@ -57,7 +57,7 @@ class Kept:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rows: dict[str, list[dict[str, Any]]] = {}
-        if path.exists():
+        with contextlib.suppress(OSError, ValueError):  # none, or none that can be read
             for name, table in pd.read_parquet(path).groupby("trial", sort=False):
                 lines = table.drop(columns="trial").to_dict("records")
                 self._rows[str(name)] = [{str(k): v for k, v in line.items()} for line in lines]
@@ -69,6 +69,8 @@ class Kept:
     def add(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Keep a trial's, if it has any."""
         if not rows:
+            return
+        if self._rows.get(name) == rows:
             return
         self._rows[name] = rows
         beside = self.path.with_suffix(".part")

@@ -68,4 +68,6 @@ def _score(outcome: Outcome, score: str) -> float | None:
     if outcome.failure:
         return None
     values = [row["reward_eval"] for row in outcome.rows if row["step"]]
+    if not values:
+        return None
     return float(values[-1] if score == "last" else statistics.fmean(values))

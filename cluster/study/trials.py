@@ -19,7 +19,8 @@ class Trials:
     """Runs trials of a study, `parallel` at a time, in processes that go from one to the next.
 
     say: takes a line for people. stages: as `Trial.config` has it. Beside `folder`, its runs, their
-    evaluations are kept in FOLDER.parquet, so that a study goes on where it has no more of them.
+    evaluations are kept in FOLDER.parquet, so that a study goes on where the runs are not. A trial
+    is run anew once both are removed.
     """
 
     def __init__(
@@ -76,11 +77,12 @@ class Trials:
         return Outcome(trial, folder, config.learner.lr, [], failure or "it wrote no summary")
 
     def _there(self, trial: Trial, config: Config) -> Outcome | None:
-        """A finished trial's outcome: what is kept of it, or from its run directory."""
+        """A finished trial's outcome: from its run directory, or what is kept of it."""
         folder = Path(config.run.dir) / config.run.name
-        if not (found := self._kept.of(folder.name)):
-            found = rows(folder)
+        if found := rows(folder):
             self._kept.add(folder.name, found)
+        else:
+            found = self._kept.of(folder.name)
         return Outcome(trial, folder, config.learner.lr, found) if found else None
 
     def _tell(self, what: str, outcome: Outcome, done: int, of: int) -> None:

@@ -116,6 +116,7 @@ BROKEN = [
     ("run_dir_is_a_path", "run.dir=s3://bucket/runs", "run.dir", "all nodes share"),
     ("mirror_is_an_address", "run.mirror=/backup", "run.mirror", "file:///backup"),
     ("mirror_is_an_address", "run.mirror=s3://key:secret@bucket/a", "run.mirror", "other means"),
+    ("mirror_is_an_address", "run.mirror=abfs://a@b/c?sig=secret", "run.mirror", "other means"),
     ("trackers_are_known", "run.trackers=tensorboard,mlflow", "run.trackers", "tensorboard"),
     ("trackers_are_known", "run.trackers=tensorboard,tensorboard", "run.trackers",
      "run.trackers=tensorboard"),

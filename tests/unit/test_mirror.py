@@ -1,5 +1,6 @@
 """A run's directory on object storage: what is there, how it came there, what is fetched."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,15 @@ import fsspec
 import pytest
 
 from cluster import mirror
+from cluster.mirror import Mirror
+from cluster.stage import run_stage
 from configs.errors import ConfigError
+from configs.load import to_yaml
 from configs.schema import Config
 from tests.harness import settings
 
 REMOTE = "/bucket/runs/one"
+OLD, NEW = "checkpoints/batch-00000001", "checkpoints/batch-00000002"
 
 
 @pytest.fixture
@@ -24,90 +29,159 @@ def storage() -> Any:
 
 
 @pytest.fixture
-def config(tmp_path) -> Config:
-    return settings("bandit", f"run.dir={tmp_path}/runs", "run.name=one",
-                    "run.mirror=memory://bucket/runs")  # fmt: skip
+def run(tmp_path) -> Path:
+    """A run's directory."""
+    folder = tmp_path / "runs" / "one"
+    write(folder, {"config.yaml": "c", "metrics.jsonl": "1", "run.lock": "", "journal/1": "j"})
+    return folder
 
 
-def write(folder: Path, **texts: str) -> None:
+def config(run: Path, *more: str) -> Config:
+    return settings("bandit", f"run.dir={run.parent}", f"run.name={run.name}",
+                    "run.mirror=memory://bucket/runs", *more)  # fmt: skip
+
+
+def write(folder: Path, texts: dict[str, str]) -> None:
     for name, text in texts.items():
-        path = folder / name.replace("__", "/").replace("_json", ".json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
 
 
 def held(storage: Any) -> dict[str, str]:
-    """The copy's files, and what they say."""
-    names = storage.find(REMOTE)
+    """The copy's files, and what they say, but for the id."""
+    names = [name for name in storage.find(REMOTE) if not name.endswith(mirror.OWNER)]
     return {name.removeprefix(f"{REMOTE}/"): storage.cat_file(name).decode() for name in names}
 
 
-def test_the_copy_is_what_changed_and_in_the_order_that_makes_it_whole(storage, tmp_path):
+def test_the_newest_checkpoint_is_there_with_its_manifest_last_and_the_summary_after_all(
+    storage, run, monkeypatch
+):
     sent: list[str] = []
     put = storage.put_file
-    storage.put_file = lambda path, name: (sent.append(Path(name).name), put(path, name))
-    try:
-        copy = mirror.Mirror(storage, REMOTE, tmp_path, print)
-        write(tmp_path, summary_json="s", checkpoints__b1__manifest_json="m", metrics="1",
-              checkpoints__b1__a="a", journal__1="j")  # fmt: skip
-        write(tmp_path, **{"run.lock": "", "faults__x": "", "checkpoints__b2.part__a": "half"})
-        assert copy.push()
-        assert sent == ["1", "metrics", "a", "manifest.json", "summary.json"]
-        sent.clear()
-        write(tmp_path, metrics="12")
-        (tmp_path / "journal" / "1").unlink()
-        assert copy.push() and sent == ["metrics"]
-    finally:
-        del storage.put_file
-    assert held(storage) == {"metrics": "12", "checkpoints/b1/a": "a", "summary.json": "s",
-                             "checkpoints/b1/manifest.json": "m"}  # fmt: skip
+
+    def put_file(path: str, name: str) -> None:
+        sent.append(name)
+        put(path, name)
+
+    monkeypatch.setattr(storage, "put_file", put_file)
+    write(run, {"summary.json": "s", f"{OLD}/a": "old", f"{NEW}/manifest.json": "m",
+                f"{NEW}/a": "new", f"{NEW}/sub/z": "z", "checkpoints/batch-00000003.part/a": "half",
+                "checkpoints/step-9/hf/model": "w", "faults/x": ""})  # fmt: skip
+    copy = Mirror(storage, REMOTE, run, print)
+    copy.push()
+    assert [name.removeprefix(f"{REMOTE}/") for name in sent] == [
+        "config.yaml", "metrics.jsonl", "checkpoints/step-9/hf/model", f"{NEW}/a", f"{NEW}/sub/z",
+        f"{NEW}/manifest.json", "summary.json",
+    ]  # fmt: skip
+    sent.clear()
+    write(run, {"metrics.jsonl": "12"})
+    shutil.rmtree(run / OLD)
+    copy.push()
+    assert sent == [f"{REMOTE}/metrics.jsonl"]
+    assert f"{NEW}/manifest.json" in held(storage)
+    assert not list(run.rglob("*.part/sub"))  # the links are gone
 
 
-def test_nothing_is_removed_there_before_all_else_is_there(storage, tmp_path, monkeypatch):
-    copy = mirror.Mirror(storage, REMOTE, tmp_path, print)
-    write(tmp_path, checkpoints__b1__a="old")
-    assert copy.push()
-    (tmp_path / "checkpoints" / "b1" / "a").unlink()
-    write(tmp_path, checkpoints__b2__a="new")
-    files = mirror._files
-    gone = {"journal/7": (1, 1)}  # listed, and pruned before its turn came
-    monkeypatch.setattr(mirror, "_files", lambda folder: files(folder) | gone)
-    assert not copy.push()
-    assert held(storage) == {"checkpoints/b1/a": "old", "checkpoints/b2/a": "new"}
-    monkeypatch.undo()
-    assert copy.push() and held(storage) == {"checkpoints/b2/a": "new"}
+def test_what_is_no_longer_here_goes_once_all_else_is_there(storage, run, monkeypatch):
+    write(run, {f"{OLD}/a": "1", f"{OLD}/manifest.json": "m"})
+    copy = Mirror(storage, REMOTE, run, print)
+    copy.push()
+    shutil.rmtree(run / OLD)
+    write(run, {f"{NEW}/a": "2", f"{NEW}/manifest.json": "m"})
+
+    def full(path: str, name: str) -> None:
+        raise OSError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "put_file", full)
+        with pytest.raises(OSError, match="no room"):
+            copy.push()
+    assert f"{OLD}/manifest.json" in held(storage)
+    copy.push()
+    assert {name for name in held(storage) if name.startswith("checkpoints")} == {
+        f"{NEW}/a", f"{NEW}/manifest.json"
+    }  # fmt: skip
 
 
-def test_a_run_that_is_only_there_is_fetched_whole_and_one_that_is_here_is_left(
-    storage, config, tmp_path
-):
-    run = tmp_path / "runs" / "one"
-    write(run, **{"config.yaml": "c", "checkpoints__b1__a": "a"})
-    with mirror.kept(config, run, print):
-        pass
+def test_a_directory_that_has_gone_takes_nothing_with_it(storage, run):
+    copy = Mirror(storage, REMOTE, run, print)
+    copy.push()
     before = held(storage)
-    run.rename(tmp_path / "elsewhere")
-    mirror.fetch(config, run)
-    assert (run / "checkpoints/b1/a").read_text() == "a" and (run / "config.yaml").exists()
-    (run / "config.yaml").write_text("mine")
-    mirror.fetch(config, run)
-    assert (run / "config.yaml").read_text() == "mine" and held(storage) == before
-    never = settings("bandit", f"run.dir={tmp_path}/other", "run.name=one", "resume=never",
-                     "run.mirror=memory://bucket/runs")  # fmt: skip
-    mirror.fetch(never, tmp_path / "other" / "one")
-    assert not (tmp_path / "other").exists()
+    shutil.rmtree(run)
+    copy.push()
+    run.mkdir()  # where its disk was mounted
+    copy.push()
+    assert held(storage) == before and before
 
 
-def test_what_lies_outside_the_run_is_not_written(storage, config, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "find", lambda remote: [f"{remote}/../../../evil"])
-    with pytest.raises(ConfigError, match="evil"):
-        mirror.fetch(config, tmp_path / "runs" / "one")
+def test_a_run_that_is_only_there_is_fetched_and_its_former_directory_refused(storage, run):
+    write(run, {f"{NEW}/a": "a", f"{NEW}/manifest.json": "m"})
+    with mirror.kept(config(run), run, print):
+        pass
+    assert "journal/1" not in held(storage)
+    former = run.with_name("former")
+    run.rename(former)
+    mirror.meet(config(run), run)
+    assert (run / NEW / "a").read_text() == "a" and (run / "config.yaml").read_text() == "c"
+    mirror.meet(config(run), run)  # its own
+    shutil.rmtree(run)
+    former.rename(run)  # the machine that was given up comes back with its disk
+    with pytest.raises(ConfigError, match="is not the copy of"):
+        mirror.meet(config(run), run)
 
 
-def test_a_storage_that_fails_is_said_once_and_again_at_the_end(storage, tmp_path):
+def test_beginning_anew_writes_over_an_unfinished_run_and_not_over_a_finished_one(storage, run):
+    def lose() -> None:
+        with mirror.kept(config(run), run, print):
+            pass
+        shutil.rmtree(run)
+
+    lose()
+    mirror.meet(config(run, "resume=never"), run)
+    assert not run.exists()
+    write(run, {"summary.json": "finished"})
+    lose()
+    mirror.meet(config(run, "resume=never"), run)  # here again, to be refused as finished
+    assert (run / "summary.json").exists()
+    (run / "summary.json").unlink()  # a run that goes on
+    write(run, {"config.yaml": "c"})
+    Mirror(storage, REMOTE, run, print).push()
+    assert "summary.json" not in held(storage)
+
+
+def test_a_finished_stage_is_fetched_and_not_run_again(storage, tmp_path):
+    given = settings("length_min", f"run.dir={tmp_path}", "run.mirror=memory://bucket/runs")
+    sft = tmp_path / "length" / "sft"
+    write(sft, {"config.yaml": to_yaml(given), "hf/model": "w"})
+    write(sft, {"summary.json": '{"status": "finished"}'})
+    with mirror.kept(given, sft, print):
+        pass
+    shutil.rmtree(tmp_path / "length")
+    assert run_stage(given, "sft", sft) == {"status": "finished"}
+    assert (sft / "hf" / "model").read_text() == "w"
+
+
+def test_a_folder_that_no_run_made_is_not_written_to(storage, run):
+    storage.pipe_file(f"{REMOTE}/holiday.jpg", b"")
+    with pytest.raises(ConfigError, match="is not the copy of"):
+        mirror.meet(config(run), run)
+    mirror.meet(config(run.with_name("two")), run.with_name("two"))
+    assert list(held(storage)) == ["holiday.jpg"]
+
+
+def test_what_lies_outside_the_run_is_not_written(storage, tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "one"
+    storage.pipe_file(f"{REMOTE}/{mirror.OWNER}", b"id")
+    own = f"{REMOTE}/{mirror.OWNER}"
+    monkeypatch.setattr(storage, "find", lambda remote: [own, f"{remote}/../../../evil"])
+    with pytest.raises(ConfigError, match="outside the run"):
+        mirror.meet(config(run), run)
+    assert not run.exists() and not (tmp_path / "evil").exists()
+
+
+def test_a_storage_that_fails_is_said_once_and_again_at_the_end(storage, run):
     said: list[str] = []
-    copy = mirror.Mirror(storage, REMOTE, tmp_path, said.append)
-    write(tmp_path, metrics="1")
+    copy = Mirror(storage, REMOTE, run, said.append)
     copy.files = None
     copy._try()
     copy._try()
@@ -117,7 +191,7 @@ def test_a_storage_that_fails_is_said_once_and_again_at_the_end(storage, tmp_pat
     assert len(said) == 2
     copy.files = storage
     copy.run()
-    assert held(storage) == {"metrics": "1"} and len(said) == 2
+    assert held(storage)["metrics.jsonl"] == "1" and len(said) == 2
 
 
 @pytest.mark.parametrize(

@@ -108,11 +108,12 @@ def test_trackio_has_the_metrics_lines_in_one_run_of_its_own_folder(tmp_path, mo
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))  # read when trackio is imported
     pytest.importorskip("trackio")
-    run = tmp_path / "one"
-    run.mkdir()
+    one, another = tmp_path / "one", tmp_path / "elsewhere" / "one"
     config = settings("bandit", "run.trackers=trackio")
     trackers.check(config)
-    for steps in ((1, 2, 3), (4, 5), (1, 2)):  # stopped, gone on with, and another of that name
+    # Stopped, another of that name begun, and the first gone on with.
+    for run, steps in ((one, (1, 2, 3)), (another, (1, 2)), (one, (4, 5))):
+        run.mkdir(parents=True, exist_ok=True)
         file = MetricsFile(run / "metrics.jsonl", trackers.begin(config, run))
         for step in steps:
             file.add(line(step, 1 / step), evaluated=False)
@@ -123,7 +124,7 @@ def test_trackio_has_the_metrics_lines_in_one_run_of_its_own_folder(tmp_path, mo
     with contextlib.closing(sqlite3.connect(tmp_path / "store" / "onpolicy.db")) as store:
         rows = store.execute("SELECT run_id, run_name, step, metrics FROM metrics ORDER BY id")
         for run_id, name, step, metrics in rows:
-            assert name == "one"
+            assert name.startswith("one ")
             runs.setdefault(run_id, []).append((step, json.loads(metrics)))
     assert [[step for step, _ in one] for one in runs.values()] == [[1, 2, 3, 4, 5], [1, 2]]
     for step, logged_line in next(iter(runs.values())):
