@@ -15,7 +15,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     config = prepare(arguments.preset, arguments.settings)
     if arguments.dry_run:
-        from cluster.dry_run import dry_run
+        from cluster.doctor.dry_run import dry_run
 
         return dry_run(config)
     summary = train(config, preset_name(arguments.preset))
@@ -27,7 +27,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _stage(arguments: argparse.Namespace) -> int:
-    from cluster.stage import run_named
+    from cluster.stages.stage import run_named
     from configs.load import prepare, preset_name
 
     config = prepare(arguments.preset, arguments.settings)
@@ -42,7 +42,7 @@ def _stage(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from cluster.report import write
+    from cluster.report.page import write
 
     print(write(Path(arguments.run)))
     return 0
@@ -91,8 +91,8 @@ def _study(arguments: argparse.Namespace) -> int:
 
 
 def _pipeline(arguments: argparse.Namespace) -> int:
-    from cluster.judge import told
-    from cluster.pipeline import pipeline
+    from cluster.stages.judge import told
+    from cluster.stages.pipeline import pipeline
 
     done = pipeline(arguments.preset, arguments.settings)
     if "evaluate" in done:
@@ -103,7 +103,7 @@ def _pipeline(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from cluster.judge import evaluate, told
+    from cluster.stages.judge import evaluate, told
 
     print(told(evaluate(Path(arguments.run), arguments.settings)))
     return 0
@@ -117,19 +117,19 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from cluster import doctor
+    from cluster.doctor import doctor
 
     return doctor.main(arguments.preset, arguments.settings)
 
 
 def _label(arguments: argparse.Namespace) -> int:
-    from cluster import label
+    from cluster.stages import label
 
     return label.main(arguments.preset, arguments.settings)
 
 
 def _advise(arguments: argparse.Namespace) -> int:
-    from cluster import advise
+    from cluster.advise import advise
 
     return advise.main(arguments.source, arguments.settings)
 

@@ -17,7 +17,8 @@ from actors.preferences import OfflineGroup, PreferenceRows
 from actors.prompts import Prompts, open_prompts
 from actors.rollout import UNLABELLED
 from actors.row_limits import RowCounts
-from cluster import doctor_machine, reward_inputs
+from cluster import reward_inputs
+from cluster.doctor import machine as doctor_machine
 from configs.bounds import leaves
 from configs.choices import DataSource, EngineKind, Precision
 from configs.errors import ConfigError
@@ -141,7 +142,7 @@ def check(config: Config) -> Checked:
 
 
 def stages_are_filled_in(config: Config) -> None:
-    """ConfigError where a path is still a stage's output, which `cluster.pipeline` fills in."""
+    """ConfigError where a path is still a stage's output, which `cluster.stages.pipeline` fills in."""
     for key, value in leaves(config):
         if isinstance(value, str) and _STAGE.match(value):
             fix = "run python -m cluster pipeline with this preset, or name a file or directory"

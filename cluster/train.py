@@ -280,7 +280,7 @@ class Run:
         }
 
     def _report(self) -> None:
-        from cluster import report  # matplotlib, which start-up need not wait for
+        from cluster.report import page as report  # matplotlib, which start-up need not wait for
 
         try:
             report.write(self.directory.path)

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 import msgspec
 import numpy as np
 
-from cluster.report_tables import numbers
-from cluster.report_tally import Tally
+from cluster.report.tables import numbers
+from cluster.report.tally import Tally
 
 CHUNK = 200  # lines taken at a time
 _NOT_A_LINE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)

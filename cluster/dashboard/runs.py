@@ -6,9 +6,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster import report_data, report_headline, report_tables, wording
+from cluster import wording
 from cluster.dashboard import charts
 from cluster.dashboard.history import History
+from cluster.report import data as report_data
+from cluster.report import headline as report_headline
+from cluster.report import tables as report_tables
 from cluster.thinning import thin
 
 AT_A_TIME = 2.0  # seconds of reading, until the page is given what there is by then

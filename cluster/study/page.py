@@ -39,7 +39,7 @@ def render(
 ) -> str:
     """The page's HTML. All text of the study is escaped. image: a PNG in base 64."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parents[1]),
+        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 import ray
 
-from cluster import connection, pipeline
+from cluster import connection
 from cluster.run_directory import describe_environment
+from cluster.stages import pipeline
 from cluster.study import claims, figures, page, results, spec, theory
 from cluster.study.search import combination, search
 from cluster.study.trial import Trial

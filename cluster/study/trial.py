@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cluster import pipeline
+from cluster.stages import pipeline
 from cluster.study.spec import Cell, Study
 from configs.bounds import leaves
 from configs.schema import Config

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from cluster.__main__ import main
-from cluster.pipeline import pipeline
+from cluster.stages.pipeline import pipeline
 
 SMALL = [
     "length_data.sft=300", "length_data.prompts=40", "length_data.pairs=200", "sft.epochs=1",

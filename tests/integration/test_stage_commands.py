@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cluster.__main__ import main
-from cluster.stage import run_stage
+from cluster.stages.stage import run_stage
 from configs.load import prepare
 from learner.engine import join
 from learner.stages.supervised import Supervised

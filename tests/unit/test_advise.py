@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cluster import advice, advise
 from cluster.__main__ import main
+from cluster.advise import advice, advise
 from configs.load import prepare, presets
 from learner.stages.bandit import reference_histogram
 

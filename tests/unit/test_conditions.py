@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from cluster.conditions import (
+from cluster.advise.conditions import (
     BETAS,
     LIKELY,
     Estimate,

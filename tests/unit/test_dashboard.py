@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from cluster import report_data
 from cluster.__main__ import main
 from cluster.dashboard import charts, history, runs
 from cluster.dashboard.history import History
 from cluster.dashboard.runs import Catalogue, Run, find
 from cluster.dashboard.server import app
 from cluster.metrics import METRICS
-from cluster.report_tables import CellSum, merge
+from cluster.report import data as report_data
+from cluster.report.tables import CellSum, merge
 from cluster.thinning import thin
 
 TOKEN = "a-token-of-length"

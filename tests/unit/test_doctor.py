@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster import doctor, doctor_machine, doctor_packages
 from cluster.__main__ import main
+from cluster.doctor import doctor
+from cluster.doctor import machine as doctor_machine
+from cluster.doctor import packages as doctor_packages
 from cluster.run_directory import RunDirectory
 from configs.choices import EngineKind
 from configs.schema import Config

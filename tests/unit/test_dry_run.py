@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from actors import policy
-from cluster import doctor_machine, dry_run, known_shapes
 from cluster.__main__ import main
-from cluster.pipeline import named
+from cluster.doctor import dry_run, known_shapes
+from cluster.doctor import machine as doctor_machine
+from cluster.stages.pipeline import named
 from configs.errors import ConfigError
 from configs.load import prepare
 from tests.harness import Local

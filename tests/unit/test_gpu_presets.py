@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from cluster.doctor_machine import gpus_wanted
+from cluster.doctor.machine import gpus_wanted
 from configs.choices import EngineKind, Precision, Proximal, Ratio, RewardKind, Schedule, UpdateKind
 from configs.load import load, prepare, resolve
 from configs.schema_vllm import Transfer

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from actors import policy
-from cluster import judge
 from cluster.reference import reference_weights
+from cluster.stages import judge
 from configs.load import prepare, to_yaml
 
 

@@ -8,7 +8,7 @@ import pytest
 from actors.preferences import read
 from cluster import inputs
 from cluster.__main__ import main
-from cluster.label import label
+from cluster.stages.label import label
 from configs.load import prepare
 from configs.schema import Config
 from configs.schema_length import LengthDataConfig

@@ -9,7 +9,7 @@ import pytest
 
 from cluster import mirror
 from cluster.mirror import Mirror
-from cluster.stage import run_stage
+from cluster.stages.stage import run_stage
 from configs.errors import ConfigError
 from configs.load import to_yaml
 from configs.schema import Config

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import inputs, pipeline
+from cluster import inputs
+from cluster.stages import pipeline
 from configs.errors import ConfigError
 from configs.load import prepare, presets
 

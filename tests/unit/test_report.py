@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster import report, report_data, report_tables, wording
-from cluster.report_plots import thin
+from cluster import wording
+from cluster.report import data as report_data
+from cluster.report import page as report
+from cluster.report import tables as report_tables
+from cluster.report.plots import thin
 
 NASTY = "<script>alert('x')</script>"
 VOID = {"meta", "link", "input", "br", "img"}

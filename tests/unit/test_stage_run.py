@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from cluster import stage as stages
 from cluster.__main__ import main
 from cluster.progress import Progress
-from cluster.stage import StageRun, run_stage
+from cluster.stages import stage as stages
+from cluster.stages.stage import StageRun, run_stage
 from configs.load import ConfigError, prepare
 from configs.schema import Config
 from learner.stages.worker import StageWorker

@@ -5,8 +5,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from cluster import report_data, report_headline, report_tables, wording
-from cluster.report_plots import plots
+from cluster import wording
+from cluster.report import data as report_data
+from cluster.report import headline as report_headline
+from cluster.report import tables as report_tables
+from cluster.report.plots import plots
 
 TEMPLATE = "report.html.j2"
 

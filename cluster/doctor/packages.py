@@ -11,7 +11,7 @@ from typing import Any
 from configs.choices import EngineKind
 from configs.schema import Config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PYTHON = (3, 11)  # pyproject's requires-python
 INSTALL = "make clean, then make bandit or make test; or pip install -c constraints.txt -e ."
 MISFITS = ("torchvision", "torchaudio", "torchcodec")

@@ -23,8 +23,8 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from actors import policy
-from cluster import known_shapes
-from cluster.pipeline import directories, named
+from cluster.doctor import known_shapes
+from cluster.stages.pipeline import directories, named
 from configs.choices import DataSource, EngineKind, Precision, RewardKind
 from configs.load import to_yaml
 from configs.schema import Config

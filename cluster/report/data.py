@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from cluster.report_tally import Tally
+from cluster.report.tally import Tally
 
 SCALARS = (
     "step", "reward_mean", "reward_eval", "reward_eval_error", "reward_gold",

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cluster import doctor_machine, doctor_packages
-from cluster.doctor_machine import ray_address
-from cluster.doctor_packages import INSTALL, Answer
+from cluster.doctor import machine as doctor_machine
+from cluster.doctor import packages as doctor_packages
+from cluster.doctor.machine import ray_address
+from cluster.doctor.packages import INSTALL, Answer
 from configs.errors import one_line
 from configs.schema import Config
 

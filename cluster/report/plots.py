@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cluster.report_data import Run
+from cluster.report.data import Run
 from cluster.thinning import thin
 
 BARS = 40  # most bars of a histogram

@@ -34,7 +34,8 @@ def pipeline(preset: str, settings: list[str]) -> dict[str, Any]:
     stopped. ValueError before anything starts where settings cannot work; RuntimeError where a
     stage fails, which names it.
     """
-    from cluster import judge, run_directory
+    from cluster import run_directory
+    from cluster.stages import judge
     from cluster.train import train
 
     config = prepare(preset, settings)
@@ -93,7 +94,7 @@ def _data(config: Config, directory: Path) -> None:
 
 def _supervised(kind: Any) -> Callable[[Config, Path], None]:
     def run(config: Config, directory: Path) -> None:
-        from cluster.stage import run_stage
+        from cluster.stages.stage import run_stage
 
         summary = run_stage(config, kind, directory)
         if summary["status"] != "finished":
@@ -103,7 +104,7 @@ def _supervised(kind: Any) -> Callable[[Config, Path], None]:
 
 
 def _label(config: Config, directory: Path) -> None:
-    from cluster.label import label
+    from cluster.stages.label import label
 
     label(config, directory, config.gold)
 

@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from cluster.doctor_packages import Answer, torch_is_cpu
+from cluster.doctor.packages import Answer, torch_is_cpu
 from configs.choices import EngineKind
 from configs.errors import one_line
 from configs.schema import Config

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from cluster import report_data, wording
+from cluster import wording
+from cluster.report import data as report_data
 
 
 def subtitle(run: report_data.Run) -> str:

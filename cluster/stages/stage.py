@@ -23,7 +23,7 @@ from cluster.progress import Progress
 from cluster.remote import spawn
 from cluster.restarts import reason
 from cluster.run_directory import RunDirectory
-from cluster.stage_record import SHOWN, StageRecord, data_summary, merge
+from cluster.stages.record import SHOWN, StageRecord, data_summary, merge
 from configs.errors import ConfigError
 from configs.schema import Config
 from learner.stages.base import Stage

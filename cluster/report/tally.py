@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.report_tables import CellSum, numbers
+from cluster.report.tables import CellSum, numbers
 
 AT_ONCE = 500  # lines summed up together
 AVERAGED = ("reward_mean", "kl_to_generator", "kl_from_generator", "ess")

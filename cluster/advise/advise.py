@@ -1,7 +1,7 @@
 """`python -m cluster advise`: which family of methods the paper's Figure 1 has for one's problem.
 
 Samples π_ref in this process with the torch engine, whatever the preset's, scores its responses and
-the data's, and has `cluster.conditions` judge. Settings of its own: samples=2000 (of π_ref),
+the data's, and has `cluster.advise.conditions` judge. Settings of its own: samples=2000 (of π_ref),
 upper= and lower= (the greatest and least reward possible; known for reward.kind=peak). Where a
 preset has a gold reward, that is what responses are scored with; where it trains a reward model on
 preferences and names no other data, those preferences are the data.
@@ -23,9 +23,11 @@ from actors.preferences import OfflineGroup, read, to_rollouts
 from actors.prompts import Prompt
 from actors.rollout import VALID, GroupId, Rollouts, Version, concatenate
 from actors.torch_engine import TorchEngine
-from cluster import advice, inputs, pipeline
-from cluster.conditions import MOST_SAMPLES, Groups, measure_coverage, measure_peak
+from cluster import inputs
+from cluster.advise import advice
+from cluster.advise.conditions import MOST_SAMPLES, Groups, measure_coverage, measure_peak
 from cluster.reference import reference_weights
+from cluster.stages import pipeline
 from configs.choices import RewardKind
 from configs.errors import ConfigError
 from configs.load import prepare, preset_name

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
-from cluster.conditions import (
+from cluster.advise.conditions import (
     FEWEST,
     LEVEL,
     LIKELY,
@@ -22,7 +22,7 @@ from cluster.conditions import (
     Peak,
     nats_of_best,
 )
-from cluster.pipeline import directories
+from cluster.stages.pipeline import directories
 from configs.choices import DataSource
 from configs.errors import ConfigError
 from configs.load import prepare, presets

@@ -1,0 +1,1 @@
+"""Which methods the paper recommends for a problem."""

@@ -1,0 +1,1 @@
+"""A finished run as one page, and what dashboards share with it."""

@@ -1,0 +1,1 @@
+"""What comes before and after training: stages, their order, the judge."""
