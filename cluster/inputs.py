@@ -142,7 +142,7 @@ def check(config: Config) -> Checked:
 
 
 def stages_are_filled_in(config: Config) -> None:
-    """ConfigError where a path is still a stage's output, which `cluster.stages.pipeline` fills in."""
+    """ConfigError where a path is still a stage's output, which the pipeline fills in."""
     for key, value in leaves(config):
         if isinstance(value, str) and _STAGE.match(value):
             fix = "run python -m cluster pipeline with this preset, or name a file or directory"
