@@ -7,8 +7,9 @@ summary.json last of all, so that what was broken off in between is no checkpoin
 run there; what is no longer here is removed there once all else is there.
 
 A run that is only there is fetched, and goes on from its newest checkpoint as if nothing had come
-after. A copy belongs to one directory, by an id in both: where another has taken it over, or
-nothing of ours made it, it is refused and not written to.
+after. A copy belongs to the directory where a run last began, by an id that each start makes anew:
+the copy has the last one, a directory all that it knows of. Where another directory has taken a
+copy over, or nothing of ours made it, it is refused and not written to.
 
     meet(config, directory)  # before a run's directory is taken
     with kept(config, directory, say):
@@ -34,7 +35,6 @@ SECONDS = 60.0
 ATTEMPTS = 3  # at once, where a file went away while it was brought over
 OWNER = ".mirror"  # the id, there and here
 SUMMARY = "summary.json"
-_PINNED = "mirror.part"  # links to the checkpoint that is being brought over
 _LOCAL = ("run.lock", "faults", "journal", OWNER)
 Say = Callable[[str], None]
 
@@ -61,15 +61,17 @@ def meet(config: Config, directory: Path) -> None:
     with _stated(config):
         files, remote = _opened(config, directory)
         names = files.find(remote)
-        owner = files.cat_file(f"{remote}/{OWNER}") if f"{remote}/{OWNER}" in names else b""
-    here = directory.exists() and any(directory.iterdir())
-    if names and (not owner or (here and owner.decode() != _id(directory))):
+        owner = files.cat_file(f"{remote}/{OWNER}").decode() if f"{remote}/{OWNER}" in names else ""
+    here = directory.exists() and any(p.name != OWNER for p in directory.iterdir())
+    finished = f"{remote}/{SUMMARY}" in names
+    if finished and (directory / SUMMARY).exists():
+        return  # nothing more is written to either
+    if names and (not owner or (here and owner not in _ids(directory))):
         problem = f"{remote} is not the copy of {directory}"
         fix = f"take another run.name, or remove {directory} to go on with what is there"
         if not owner:
             fix = "take another run.name or run.mirror"
         raise ConfigError("run.mirror", config.run.mirror, problem, fix)
-    finished = f"{remote}/{SUMMARY}" in names
     if names and not here and (finished or config.resume is not Resume.never):
         with _stated(config):
             _fetch(files, remote, names, directory)
@@ -77,18 +79,17 @@ def meet(config: Config, directory: Path) -> None:
 
 def _fetch(files: Any, remote: str, names: list[str], directory: Path) -> None:
     part = directory.with_name(f"{directory.name}.{os.getpid()}.part")
-    for name in names:
-        inside = name.removeprefix(remote).lstrip("/")
-        target = part / inside
-        if not target.resolve().is_relative_to(part.resolve()):
-            raise ValueError(f"{name} would lie outside the run")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        files.get_file(name, str(target))
-    (part / OWNER).unlink()
-    _own(files, remote, part)  # from now on where it came from is not its directory
-    if directory.exists():
-        directory.rmdir()
-    os.rename(part, directory)
+    try:
+        for name in names:
+            target = part / name.removeprefix(remote).lstrip("/")
+            if not target.resolve().is_relative_to(part.resolve()):
+                raise ValueError(f"{name} would lie outside the run")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            files.get_file(name, str(target))
+        shutil.rmtree(directory, ignore_errors=True)  # empty but for an id
+        os.rename(part, directory)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -139,10 +140,10 @@ def _opened(config: Config, directory: Path) -> tuple[Any, str]:
     return files, f"{root}/{place.as_posix()}"
 
 
-def _id(directory: Path) -> str:
-    """The id that a directory shares with its copy; empty where it has none."""
+def _ids(directory: Path) -> list[str]:
+    """The ids that a directory's copy may have."""
     file = directory / OWNER
-    return file.read_text(encoding="utf-8") if file.exists() else ""
+    return file.read_text(encoding="utf-8").split() if file.exists() else []
 
 
 class Mirror:
@@ -153,7 +154,9 @@ class Mirror:
         self.end = threading.Event()
         self._there: set[str] | None = None  # names in the copy
         self._sent: dict[str, tuple[int, int]] = {}  # size and time of what was brought over
-        self._checkpoint: tuple[str, set[str]] = ("", set())  # the newest that is there, its files
+        self._id = uuid.uuid4().hex
+        self._newest: tuple[str, int] = ("", 0)  # checkpoint that was looked at, and its time
+        self._checkpoint: set[str] = set()  # names of the one that is there
         self._failed = ""
 
     def run(self) -> None:
@@ -171,7 +174,8 @@ class Mirror:
                 self._failed = ""
                 return
             except Exception as error:  # of whichever storage it is, or a file that went away
-                if isinstance(error, FileNotFoundError) and attempt < ATTEMPTS - 1:
+                went = isinstance(error, FileNotFoundError | shutil.Error)
+                if went and attempt < ATTEMPTS - 1:
                     continue
                 if (why := reason(error)) != self._failed:
                     self._failed = why
@@ -188,37 +192,55 @@ class Mirror:
         if not self.directory.is_dir() or not any(self.directory.iterdir()):
             return
         there = self._begun()
-        name, files = self._newest()
-        links = self.directory / "checkpoints" / _PINNED
+        self._check_owner()
+        links = self.directory / "checkpoints" / f"mirror-{self._id[:8]}.part"
         try:  # linked before the rest is listed, which is then as new or newer
-            checkpoint = _pin(files, links, f"checkpoints/{name}") if files else {}
+            newest, checkpoint = self._pin(links)
             found = _files(self.directory)
             last = {SUMMARY: found.pop(SUMMARY)} if SUMMARY in found else {}
             for target, path in {**found, **checkpoint, **last}.items():
                 self._send(target, path)
         finally:
             shutil.rmtree(links, ignore_errors=True)
-        if name != self._checkpoint[0]:
-            self._checkpoint = name, set(checkpoint)
-        keep = {*found, *last, *self._checkpoint[1], OWNER}
-        for target in there - keep:
-            self.files.rm_file(f"{self.remote}/{target}")
-        there &= keep
+        if newest != self._newest:
+            self._newest, self._checkpoint = newest, set(checkpoint)
+        self._check_owner()
+        for target in there - {*found, *last, *self._checkpoint, OWNER}:
+            with contextlib.suppress(FileNotFoundError):
+                self.files.rm_file(f"{self.remote}/{target}")
+            there.remove(target)
+            self._sent.pop(target, None)
 
-    def _newest(self) -> tuple[str, Path | None]:
-        """The newest checkpoint's name, and its folder where it is not there yet."""
+    def _check_owner(self) -> None:
+        if (owner := self.files.cat_file(f"{self.remote}/{OWNER}").decode()) != self._id:
+            raise RuntimeError(f"{self.remote} was taken over from elsewhere ({owner[:8]})")
+
+    def _pin(self, links: Path) -> tuple[tuple[str, int], dict[str, Path]]:
+        """The newest checkpoint and its time, and the files of the newest that is whole by their
+        names there, the manifest last, from links of ours: it may be pruned while it is brought
+        over. No files where it is there already."""
         checkpoints = Checkpoints(self.directory / "checkpoints", 1)
         if not (batches := checkpoints.batches()):
-            return "", None
+            return ("", 0), {}
         path = checkpoints.path(batches[-1])
-        return path.name, path if path.name != self._checkpoint[0] else None
+        newest = path.name, (path / MANIFEST).stat().st_mtime_ns
+        if newest == self._newest or (whole := checkpoints.newest(lambda _: None)) is None:
+            return self._newest, {}
+        shutil.copytree(whole, links, copy_function=_link)
+        paths = sorted(p for p in links.rglob("*") if p.is_file())
+        paths.sort(key=lambda p: p.name == MANIFEST)
+        files = {f"checkpoints/{whole.name}/{p.relative_to(links).as_posix()}": p for p in paths}
+        return newest, files
 
     def _begun(self) -> set[str]:
         """The names in the copy, which is made this directory's own, and unfinished, at first."""
         if self._there is None:
             names = self.files.find(self.remote)
             there = {name.removeprefix(self.remote).lstrip("/") for name in names}
-            _own(self.files, self.remote, self.directory)
+            if self._id not in _ids(self.directory):
+                with (self.directory / OWNER).open("a", encoding="utf-8") as file:
+                    file.write(f"\n{self._id}\n")  # one that was fetched ends without
+            self.files.pipe_file(f"{self.remote}/{OWNER}", self._id.encode())
             if SUMMARY in there and not (self.directory / SUMMARY).exists():
                 self.files.rm_file(f"{self.remote}/{SUMMARY}")
                 there.remove(SUMMARY)
@@ -232,22 +254,6 @@ class Mirror:
             self.files.put_file(str(path), f"{self.remote}/{name}")
             self._sent[name] = stamp
             self._begun().add(name)
-
-
-def _own(files: Any, remote: str, directory: Path) -> None:
-    """Make a copy the directory's, by its id, which is made where it has none."""
-    if not _id(directory):
-        (directory / OWNER).write_text(uuid.uuid4().hex, encoding="utf-8")
-    files.pipe_file(f"{remote}/{OWNER}", _id(directory).encode())
-
-
-def _pin(folder: Path, links: Path, name: str) -> dict[str, Path]:
-    """A checkpoint's files by their names there, the manifest last, from links of ours: it may be
-    pruned while it is brought over."""
-    shutil.rmtree(links, ignore_errors=True)
-    shutil.copytree(folder, links, copy_function=_link)
-    paths = sorted((p for p in links.rglob("*") if p.is_file()), key=lambda p: p.name == MANIFEST)
-    return {f"{name}/{path.relative_to(links).as_posix()}": path for path in paths}
 
 
 def _files(directory: Path) -> dict[str, Path]:

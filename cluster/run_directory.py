@@ -120,12 +120,14 @@ def admit(path: Path, config: Config, matters: Matters = _matters) -> None:
     """Refuse what cannot be gone on with; with resume=never, remove what an unfinished run left."""
     if not path.exists():
         return
-    if any(path.iterdir()) and not (path / "config.yaml").exists():
+    inside = [p for p in path.iterdir() if p.name != mirror.OWNER]
+    if inside and not (path / "config.yaml").exists():
         problem, fix = f"is a folder that no run made ({path})", "take another, or none"
     elif RunDirectory(path).running():
         problem, fix = f"is still running ({path})", "take another, or none"
     elif config.resume is Resume.never or not Checkpoints(path / "checkpoints", 1).batches():
-        shutil.rmtree(path)
+        for left in inside:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         return
     elif config.resume is Resume.auto and (changes := changed(path, config, matters)):
         problem = f"was begun with other settings: {', '.join(changes)}"

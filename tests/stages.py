@@ -8,6 +8,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from configs.load import prepare
+from configs.schema import Config
+
 WORDS = ["<end>", "<pad>", "<unk>", *"abcdefghijklm"]
 END, PAD, FIRST = 0, 1, 3  # ids; `FIRST` is that of "a"
 
@@ -53,3 +56,9 @@ def preference_rows(count: int) -> list[dict[str, Any]]:
          "rejected_ids": [FIRST + n % 5] * (5 + n % 4) + [END]}
         for n in range(count)
     ]  # fmt: skip
+
+
+def config_of(kind: str, base: str, path: str, *overrides: str) -> Config:
+    """Settings of a stage on rows and a model of its own."""
+    own = [f"{kind}.model={base}", f"{kind}.path={path}", f"{kind}.minibatch=8", f"{kind}.lr=1e-2"]
+    return prepare("bandit", [*own, *overrides])

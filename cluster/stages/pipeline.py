@@ -47,8 +47,7 @@ def pipeline(preset: str, settings: list[str]) -> dict[str, Any]:
     summary = run_directory.finished(run) or train(config, config.run.name)
     done = {"train": summary}
     if summary["status"] == "finished":
-        with mirror.kept(config, run, print):
-            done["evaluate"] = judge.evaluate(run, [])
+        done["evaluate"] = judge.evaluate(run, [])
     return done
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from cluster import mirror
+from cluster import mirror, run_directory
+from cluster.checkpoints import Checkpoints
 from cluster.mirror import Mirror
 from cluster.stages.stage import run_stage
 from configs.errors import ConfigError
@@ -47,6 +48,14 @@ def write(folder: Path, texts: dict[str, str]) -> None:
         (folder / name).write_text(text)
 
 
+def checkpoint(run: Path, batch: int, texts: dict[str, str]) -> None:
+    """A whole one."""
+    checkpoints = Checkpoints(run / "checkpoints", 2)
+    part = checkpoints.begin(batch)
+    write(part, texts)
+    checkpoints.complete(part, {})
+
+
 def held(storage: Any) -> dict[str, str]:
     """The copy's files, and what they say, but for the id."""
     names = [name for name in storage.find(REMOTE) if not name.endswith(mirror.OWNER)]
@@ -64,14 +73,16 @@ def test_the_newest_checkpoint_is_there_with_its_manifest_last_and_the_summary_a
         put(path, name)
 
     monkeypatch.setattr(storage, "put_file", put_file)
-    write(run, {"summary.json": "s", f"{OLD}/a": "old", f"{NEW}/manifest.json": "m",
-                f"{NEW}/a": "new", f"{NEW}/sub/z": "z", "checkpoints/batch-00000003.part/a": "half",
-                "checkpoints/step-9/hf/model": "w", "faults/x": ""})  # fmt: skip
+    checkpoint(run, 1, {"a": "old"})
+    checkpoint(run, 2, {"a": "new", "sub/z": "z"})
+    checkpoint(run, 3, {"a": "damaged"})
+    write(run, {"checkpoints/batch-00000003/a": "changed", "checkpoints/batch-00000004.part/a": "",
+                "summary.json": "s", "checkpoints/step-9/hf/model": "w"})  # fmt: skip
     copy = Mirror(storage, REMOTE, run, print)
     copy.push()
     assert [name.removeprefix(f"{REMOTE}/") for name in sent] == [
-        "config.yaml", "metrics.jsonl", "checkpoints/step-9/hf/model", f"{NEW}/a", f"{NEW}/sub/z",
-        f"{NEW}/manifest.json", "summary.json",
+        "config.yaml", "metrics.jsonl", "checkpoints/step-9/hf/model", f"{NEW}/a",
+        f"{NEW}/driver.json", f"{NEW}/sub/z", f"{NEW}/manifest.json", "summary.json",
     ]  # fmt: skip
     sent.clear()
     write(run, {"metrics.jsonl": "12"})
@@ -83,11 +94,11 @@ def test_the_newest_checkpoint_is_there_with_its_manifest_last_and_the_summary_a
 
 
 def test_what_is_no_longer_here_goes_once_all_else_is_there(storage, run, monkeypatch):
-    write(run, {f"{OLD}/a": "1", f"{OLD}/manifest.json": "m"})
+    checkpoint(run, 1, {"a": "1"})
     copy = Mirror(storage, REMOTE, run, print)
     copy.push()
     shutil.rmtree(run / OLD)
-    write(run, {f"{NEW}/a": "2", f"{NEW}/manifest.json": "m"})
+    checkpoint(run, 2, {"a": "2"})
 
     def full(path: str, name: str) -> None:
         raise OSError("no room")
@@ -99,7 +110,7 @@ def test_what_is_no_longer_here_goes_once_all_else_is_there(storage, run, monkey
     assert f"{OLD}/manifest.json" in held(storage)
     copy.push()
     assert {name for name in held(storage) if name.startswith("checkpoints")} == {
-        f"{NEW}/a", f"{NEW}/manifest.json"
+        f"{NEW}/a", f"{NEW}/driver.json", f"{NEW}/manifest.json"
     }  # fmt: skip
 
 
@@ -115,19 +126,36 @@ def test_a_directory_that_has_gone_takes_nothing_with_it(storage, run):
 
 
 def test_a_run_that_is_only_there_is_fetched_and_its_former_directory_refused(storage, run):
-    write(run, {f"{NEW}/a": "a", f"{NEW}/manifest.json": "m"})
+    checkpoint(run, 2, {"a": "a"})
     with mirror.kept(config(run), run, print):
         pass
     assert "journal/1" not in held(storage)
     former = run.with_name("former")
     run.rename(former)
+    still_there = Mirror(storage, REMOTE, former, print)
+    still_there.push()
     mirror.meet(config(run), run)
     assert (run / NEW / "a").read_text() == "a" and (run / "config.yaml").read_text() == "c"
-    mirror.meet(config(run), run)  # its own
+    still_there.push()  # nothing has begun elsewhere
+    write(run, {"metrics.jsonl": "elsewhere"})
+    with mirror.kept(config(run), run, print):
+        mirror.meet(config(run), run)  # its own
+    with pytest.raises(RuntimeError, match="taken over"):
+        still_there.push()
+    assert held(storage)["metrics.jsonl"] == "elsewhere"
     shutil.rmtree(run)
     former.rename(run)  # the machine that was given up comes back with its disk
     with pytest.raises(ConfigError, match="is not the copy of"):
         mirror.meet(config(run), run)
+
+
+def test_a_start_that_was_broken_off_has_its_copy_still(storage, run):
+    with mirror.kept(config(run), run, print):
+        pass
+    run_directory.admit(run, config(run))  # without a checkpoint there is nothing to go on with
+    assert [path.name for path in run.iterdir()] == [mirror.OWNER]
+    assert run_directory.choose(config(run), "bandit") == run
+    Mirror(storage, REMOTE, run, print).push()
 
 
 def test_beginning_anew_writes_over_an_unfinished_run_and_not_over_a_finished_one(storage, run):
