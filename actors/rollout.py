@@ -75,9 +75,7 @@ class Rollouts:
     @property
     def nbytes(self) -> int:
         """Bytes of all columns."""
-        return sum(
-            v.nbytes for f in fields(self) if isinstance(v := getattr(self, f.name), np.ndarray)
-        )
+        return sum([getattr(self, name).nbytes for name in _ARRAYS])
 
     def ids(self) -> list[GroupId]:
         return [GroupId(int(p), int(i)) for p, i in zip(self.position_G, self.incarnation_G)]

@@ -119,6 +119,7 @@ class Producer:
                 done += len(lease.groups) * self.block.members
         for client in clients:
             client.lease(self.index)
+            client.wire.close()
         return done, time.monotonic()
 
     def plain(self, store: Any, start: float, seconds: float) -> tuple[int, float]:
@@ -150,7 +151,8 @@ class Consumer:
         client.settle()
         seconds = time.perf_counter() - started
         for call in client._ahead.values():
-            ray.get(call)
+            client.wire.answer(call)
+        client.wire.close()
         return done / seconds
 
     def plain(self, store: Any, samples: int, blocks: int) -> float:

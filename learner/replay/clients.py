@@ -1,6 +1,14 @@
-"""The queue's Ray actor as others see it: rollout actors, and learner ranks."""
+"""The queue's process as others see it: rollout actors, and learner ranks.
+
+Rollouts and all that is said of each lease and batch go over connections (`learner.replay.wire`).
+Object references of weights are Ray's to send: so are the calls that have one, a commit that
+publishes and `weights`.
+"""
 
 from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +18,8 @@ from actors.actor import Lease
 from actors.low_rank import LowRank
 from actors.rollout import Rollouts, Version
 from learner.replay.records import Batch
+from learner.replay.wire.client import Wire
+from learner.replay.wire.frames import Address
 
 WEIGHTS = "weights"  # a restarted queue's answer to rank 0: publish again what you last published
 
@@ -21,26 +31,51 @@ def received(weights: np.ndarray | LowRank, wait_seconds: float) -> np.ndarray:
     return weights
 
 
+def _address(handle: Any, wait_seconds: float) -> Address:
+    """Where the queue's process listens; Ray restarts it meanwhile, or says why it does not."""
+    address: Address = ray.get(handle.address.remote(), timeout=wait_seconds)
+    return address
+
+
 class ActorQueue:
-    """`actors.actor.QueueClient` over the Ray actor."""
+    """`actors.actor.QueueClient` over a connection, and Ray where weights are concerned."""
 
     def __init__(self, handle: Any, wait_seconds: float, slot: int = 0) -> None:
         self.handle = handle
         self.wait_seconds = wait_seconds
         self.slot = slot
+        self.wire = Wire(partial(_address, handle, wait_seconds))
         self._done = -1  # the last lease handed in
         self._probed: float | None = None  # for the next call to carry
         self._actor = -1
-        self._put: Any = None  # its put, which answers with the next lease, or fails
+        self._put: int | None = None  # its put, which answers with the next lease, or fails
+        self._weights: tuple[Version, Any] | None = None  # the last asked for
 
     def lease(self, actor: int) -> Lease | None:
         self._actor = actor
         while True:
-            call = self._put or self.handle.lease.remote(actor, self.slot, self._done)
-            self._put = None
-            answer = ray.get(call, timeout=self.wait_seconds)
-            if answer != "wait":
-                return None if answer == "over" else answer
+            call, self._put = self._put, None
+            if call is None:
+                call = self.wire.call("lease", actor, self.slot, self._done)
+            answer = self.wire.answer(call, self.wait_seconds)
+            if answer == "over":
+                self.wire.close()
+                return None
+            if answer != "wait" and (lease := self._with_weights(answer)):
+                return lease
+
+    def _with_weights(self, lease: Lease) -> Lease | None:
+        """The lease with what the queue has for its version; None where the lease is void, as its
+        queue restarted since, or as others have it by now."""
+        if lease.weights is None:
+            return lease
+        if self._weights is None or self._weights[0] != lease.version:
+            call = self.handle.weights.remote(lease.id, lease.version)
+            found = ray.get(call, timeout=self.wait_seconds)
+            if found is None:
+                return None
+            self._weights = lease.version, found
+        return replace(lease, weights=self._weights[1])
 
     def newer(self, than: Version) -> Lease | None:
         """The newest weights that actors may have, once newer than these; None at the end."""
@@ -56,8 +91,9 @@ class ActorQueue:
 
     def put(self, lease: Lease, block: Rollouts) -> None:
         self._done = lease.id
-        answer = (lease, block, self._carried(), self._actor, self.slot)
-        self._put = self.handle.exchange.remote(answer)
+        self._put = self.wire.call(
+            "exchange", replace(lease, weights=None), block, self._carried(), self._actor, self.slot
+        )
 
     def probed(self, nats: float) -> None:
         self._probed = nats
@@ -84,9 +120,10 @@ class LearnerQueue:
         self.handle = handle
         self.rank = rank
         self.wait_seconds = wait_seconds
+        self.wire = Wire(partial(_address, handle, wait_seconds))
         self._published = published
-        self._commit: Any = None  # the last one, on its way; the next one waits for it
-        self._ahead: dict[int, Any] = {}  # the batch after the one in hand, on its way
+        self._commit: Callable[[float | None], Any] | None = None  # waits for the last one
+        self._ahead: dict[int, int] = {}  # the batch after the one in hand, on its way
 
     def get(self, lineage: int, number: int) -> Batch | None:
         """Wait for the rank's slice; None when the run was closed."""
@@ -94,12 +131,14 @@ class LearnerQueue:
         while batch == WEIGHTS:
             call = self._ahead.pop(number, None)
             if call is None:
-                call = self.handle.get.remote(lineage, number, self.rank)
-            batch = ray.get(call)  # the queue's own limit is on the wait
+                call = self.wire.call("get", lineage, number, self.rank)
+            batch = self.wire.answer(call)  # the queue's own limit is on the wait
             if isinstance(batch, str):
                 self._publish_again()
-        if batch is not None and not batch.last:
-            self._ahead = {number + 1: self.handle.get.remote(lineage, number + 1, self.rank)}
+        if batch is None:
+            self.wire.close()
+        elif not batch.last:
+            self._ahead = {number + 1: self.wire.call("get", lineage, number + 1, self.rank)}
         return batch
 
     def commit(
@@ -113,20 +152,29 @@ class LearnerQueue:
         """
         if weights is not None:
             self._published.append(weights)
-        if self._commit is not None:  # Ray may run an asyncio actor's calls in another order
-            ray.get(self._commit)  # the wait has no limit, as that for a batch has none here
-        self._commit = self.handle.commit.remote(
-            batch.lineage, batch.number, self.rank, stepped, derived,
-            None if weights is None else weights[1], cut,
-        )  # fmt: skip
+        self._settle(None)  # its successor may come by the other way, and would overtake it
+        known = batch.lineage, batch.number, self.rank, stepped, derived
+        if weights is None:
+            self._commit = partial(self.wire.answer, self.wire.call("commit", *known, None, cut))
+        else:
+            call = self.handle.commit.remote(*known, weights[1], cut)
+            self._commit = lambda seconds: ray.get(call, timeout=seconds)
         if not stepped:
-            self._ahead = {}  # it was tagged as if this one had stepped
-            ray.get(self._commit)  # nor may the next `get` come before it
+            for ahead in self._ahead.values():  # tagged as if this one had stepped
+                self.wire.forget(ahead)
+            self._ahead = {}
+        if not stepped or batch.last:  # nor may the next `get` come before it; or there is none
+            self._settle(None)
 
     def settle(self) -> None:
         """Wait until the queue has taken the last commit; what it refused is raised."""
-        if self._commit is not None:
-            ray.get(self._commit, timeout=self.wait_seconds)
+        self._settle(self.wait_seconds)
+
+    def _settle(self, seconds: float | None) -> None:
+        """Without a limit the wait is as long as the queue lives, as that for a batch is."""
+        wait, self._commit = self._commit, None
+        if wait is not None:
+            wait(seconds)
 
     def publish(self, version: Version, weights: list[Any]) -> None:
         """Make weights known, and wait until they are."""

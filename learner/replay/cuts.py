@@ -133,6 +133,8 @@ class Cuts:
 
     async def _until(self, condition: Callable[[], Any], seconds: float) -> Any:
         """The condition's first true value, looked at after every change; None after `seconds`."""
+        if value := condition():
+            return value
         deadline = time.monotonic() + seconds
         event = asyncio.Event()
         self._waiters.add(event)

@@ -7,6 +7,8 @@ idempotent.
 """
 
 import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,11 @@ from learner.replay.cuts import Cuts
 from learner.replay.ledger import describe_histogram
 from learner.replay.records import Batch
 from learner.replay.settings import Settings, of
+from learner.replay.wire.frames import Address
+from learner.replay.wire.server import Server
 
 POLL_SECONDS = 5.0  # an actor's call for a lease comes back empty-handed after this long
+WITHHELD = "withheld"  # in place of a lease's weights, where they are not sent with it
 GRACE_SECONDS = 30.0  # for whoever watches the run to stop it first
 
 
@@ -49,6 +54,26 @@ class QueueService(Cuts):
         faults.install(*settings.faults)
         super().__init__(settings)
         self.fleet: set[int] | None = None  # the actors that there are; None: whoever asks
+        self.server = Server({
+            "lease": self._leases(self.lease), "exchange": self._leases(self.exchange),
+            "get": self.get, "commit": self.commit,
+        })  # fmt: skip
+
+    async def address(self) -> Address:
+        """Where this process listens for actors' and ranks' connections."""
+        return await self.server.address(ray.util.get_node_ip_address())
+
+    @staticmethod
+    def _leases(call: Callable[..., Awaitable[Lease | str]]) -> Callable[..., Awaitable[Any]]:
+        """The call with its lease's weights left out, for which `weights` is to be asked."""
+
+        async def answer(*arguments: Any) -> Lease | str:
+            found = await call(*arguments)
+            if isinstance(found, Lease) and found.weights is not None:
+                return replace(found, weights=WITHHELD)
+            return found
+
+        return answer
 
     # Actors.
 
@@ -66,6 +91,14 @@ class QueueService(Cuts):
         if isinstance(answer, Lease):
             self._note(recovery.leased(actor, slot, done))
         return answer or "wait"
+
+    async def weights(self, lease: int, version: Version) -> list[Any] | None:
+        """What was published for a lease's version; None where the lease is not out under it."""
+        taken = self.queue.line.leases.get(lease)
+        if taken is None or taken.lease.version != version:
+            return None
+        found = taken.lease.weights  # in a queue that comes from its journal, not there
+        return found if isinstance(found, list) else None
 
     async def newer(self, than: Version, probed: float | None = None) -> Lease | str:
         """Weights newer than these, see `ReplayQueue.newer`; "wait" and "over" as `lease` has."""
@@ -89,13 +122,9 @@ class QueueService(Cuts):
         self._wake()
 
     async def exchange(
-        self, answer: tuple[Lease, Rollouts, float | None, int, int]
+        self, lease: Lease, block: Rollouts, probed: float | None, actor: int, slot: int
     ) -> Lease | str:  # fmt: skip
-        """`put` of lease, block and probe, and then `lease` for this actor and slot.
-
-        One call of one argument, for Ray's work for each of them is more than ours.
-        """
-        lease, block, probed, actor, slot = answer
+        """`put` of lease, block and probe, and then `lease` for this actor and slot: one call."""
         await self.put(lease, block, probed)
         return await self.lease(actor, slot, lease.id)
 

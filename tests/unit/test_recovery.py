@@ -166,13 +166,29 @@ def test_an_exchange_that_comes_twice_puts_nothing_twice_and_gives_the_lease_in_
         queue = service(tmp_path)
         await queue.publish(Version(0, 0), ["w0"])
         first = await queue.lease(0)
-        call = (first, answer(first, 2), None, 0, 0)
-        second = await queue.exchange(call)
+        call = first, answer(first, 2), None, 0, 0
+        second = await queue.exchange(*call)
         counts = queue.queue.ledger.counts()
-        again = await queue.exchange(call)  # repeated, after a restart, say
+        again = await queue.exchange(*call)  # repeated, after a restart, say
         assert isinstance(second, Lease) and again.groups == second.groups != first.groups
         assert queue.queue.ledger.counts() == counts and counts["queued"] == 2
         assert service(tmp_path).queue.ledger.counts() == counts  # so says the journal
+
+    asyncio.run(story())
+
+
+def test_a_queue_from_its_journal_has_no_weights_for_the_leases_that_are_out(tmp_path):
+    async def story() -> None:
+        queue = service(tmp_path)
+        await queue.publish(Version(0, 0), ["w0"])
+        lease = await queue.lease(0)
+        assert isinstance(lease, Lease)
+        assert await queue.weights(lease.id, lease.version) == ["w0"]
+        assert await queue.weights(lease.id, Version(0, 1)) is None  # not of that version
+        assert await queue.weights(lease.id + 1, lease.version) is None
+        assert await service(tmp_path).weights(lease.id, lease.version) is None
+        await queue.put(lease, answer(lease, 2))
+        assert await queue.weights(lease.id, lease.version) is None  # out no more
 
     asyncio.run(story())
 

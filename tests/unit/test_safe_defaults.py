@@ -20,9 +20,13 @@ from tests.unit.test_fuzz_endpoint import AUTHORISED, LIMIT, TOKEN, ask, scope
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("configs", "actors", "reward_server", "learner", "cluster")
-# CUDA handles, from the learner's process to the engine's on one GPU, over Ray's own calls; and the
-# tree of settings, which the same process has pickled a moment before.
-PICKLES = {"actors/vllm_transfer.py", "learner/vllm_push.py", "configs/load.py"}
+# CUDA handles, from the learner's process to the engine's on one GPU, over Ray's own calls; the
+# tree of settings, which the same process has pickled a moment before; the queue's connections,
+# both sides of which have shown a key that only Ray's authenticated calls give away (U test_wire).
+PICKLES = {
+    "actors/vllm_transfer.py", "learner/vllm_push.py", "configs/load.py",
+    "learner/replay/wire/frames.py",
+}  # fmt: skip
 
 
 @functools.cache

@@ -1,0 +1,97 @@
+"""What goes over the queue's connections: frames, the handshake before them, and TLS around both.
+
+A *frame* is one pickled message with its arrays behind it, so that receiving it is one buffer whose
+views the arrays are. Nothing is unpickled before the other side has shown that it has the key,
+which only Ray's own, authenticated calls give away.
+"""
+
+import hmac
+import os
+import pickle
+import socket
+import ssl
+import struct
+import traceback
+from typing import Any, NamedTuple
+
+from configs.errors import one_line
+
+HEAD = struct.Struct("<QQQ")  # number of the call, bytes after the head, how many buffers they are
+NONCE = 32  # bytes
+PROOF = 32
+JOINED = 2**14  # bytes of a frame up to which it is one buffer
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}  # as far as there are such
+ALIGNED = 8  # bytes: where a buffer begins, for the arrays in it
+PADDING = [bytes(count) for count in range(ALIGNED)]
+
+
+class Address(NamedTuple):
+    """Where the queue's process listens, and what a caller has to know."""
+
+    host: str
+    port: int
+    key: bytes
+
+
+def pack(number: int, message: Any) -> list[Any]:
+    """A call's message as buffers, to be sent together; its arrays are not copied unless all of it
+    is small."""
+    buffers: list[pickle.PickleBuffer] = []
+    first = pickle.dumps(message, 5, buffer_callback=buffers.append)
+    parts = [memoryview(first), *(buffer.raw() for buffer in buffers)]
+    body: list[Any] = [struct.pack(f"<{len(parts)}Q", *(part.nbytes for part in parts))]
+    for part in parts:
+        body += [part, PADDING[-part.nbytes % ALIGNED]]
+    size = sum(len(part) for part in body)
+    frame = [HEAD.pack(number, size, len(parts)), *body]
+    return [b"".join(frame)] if size <= JOINED else frame
+
+
+def unpack(count: int, body: memoryview) -> Any:
+    """The message of a frame of so many buffers; its arrays are views of `body`."""
+    start, parts = 8 * count, []
+    for size in struct.unpack_from(f"<{count}Q", body):
+        parts.append(body[start : start + size])
+        start += size + -size % ALIGNED
+    return pickle.loads(parts[0], buffers=parts[1:])
+
+
+def portable(error: Exception) -> Exception:
+    """The error with its traceback as a note, or its words where it does not come through."""
+    error.add_note("".join(traceback.format_exception(error)))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {one_line(str(error))}")
+    return error
+
+
+def proof(key: bytes, side: bytes, nonces: bytes) -> bytes:
+    """What a side sends to show that it has the key: HMAC-SHA256 over both sides' nonces.
+
+    side: b"caller" or b"queue", so that neither can send back what it was sent.
+    """
+    return hmac.digest(key, side + nonces, "sha256")
+
+
+def keep_alive(connection: Any) -> None:
+    """Have a peer noticed whose machine is gone, after some 90 s without a word."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE.items():
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def tls(listens: bool) -> ssl.SSLContext | None:
+    """Ray's own TLS, where `RAY_USE_TLS` has it on: both sides show a certificate of its CA.
+
+    Names are not compared: whoever answers has to have the key as well.
+    """
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if listens else ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(os.environ["RAY_TLS_CA_CERT"])
+    context.load_cert_chain(os.environ["RAY_TLS_SERVER_CERT"], os.environ["RAY_TLS_SERVER_KEY"])
+    return context
