@@ -6,6 +6,7 @@ that moving thousands of rollouts costs a dozen buffers and not thousands of obj
 G groups, C members each, N = G·C rollouts, K response tokens in all, P prompt tokens in all.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pickle import PickleBuffer
 from typing import Any, NamedTuple
@@ -167,11 +168,15 @@ def _unpacked(
     return Rollouts(**rest)
 
 
+Join = Callable[[list[np.ndarray]], np.ndarray]
 _COLUMNS = [f.name for f in fields(Rollouts) if f.name[-2:] in {"_G", "_N", "_K", "_P"}]
 
 
-def concatenate(blocks: list[Rollouts]) -> Rollouts:
-    """The blocks' groups in order, as one block. Derived columns are kept where all have them."""
+def concatenate(blocks: list[Rollouts], join: Join = np.concatenate) -> Rollouts:
+    """The blocks' groups in order, as one block. Derived columns are kept where all have them.
+
+    join: makes one of the arrays of tokens.
+    """
     if not blocks:
         raise ValueError("no blocks to concatenate")
     if len({(b.members, b.temperature) for b in blocks}) > 1:
@@ -182,7 +187,10 @@ def concatenate(blocks: list[Rollouts]) -> Rollouts:
     shared = set(first.derived).intersection(*(b.derived for b in blocks[1:]))
     starts = np.cumsum([0] + [len(b.reward_N) for b in blocks])
     scorers = list(dict.fromkeys(name for b in blocks for name in b.scorers))
-    columns = {name: np.concatenate([getattr(b, name) for b in blocks]) for name in _COLUMNS}
+    columns = {
+        name: (join if name.endswith("_K") else np.concatenate)([getattr(b, name) for b in blocks])
+        for name in _COLUMNS
+    }
     columns["scorer_N"] = np.concatenate([_places(b, scorers)[b.scorer_N] for b in blocks])
     return Rollouts(
         members=first.members,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from actors.actor import Lease
-from actors.rollout import OFFLINE_STEP, GroupId, Rollouts, Version
+from actors.rollout import OFFLINE_STEP, GroupId, Join, Rollouts, Version
 from learner.replay.ledger import Ledger
 from learner.replay.line import Line, QueueError, Rules
 from learner.replay.lineage import Lineages
@@ -107,8 +107,13 @@ class ReplayQueue:
         for step in [s for s in self.weights if s < newest]:
             del self.weights[step]
 
-    def get(self, lineage: int, number: int, rank: int) -> Batch | None:
-        """The rank's slice of a batch, the same at every call; None while rollouts are missing."""
+    def get(
+        self, lineage: int, number: int, rank: int, join: Join = np.concatenate
+    ) -> Batch | None:  # fmt: skip
+        """The rank's slice of a batch, the same at every call; None while rollouts are missing.
+
+        join: see `concatenate`.
+        """
         self._refuse_stale(lineage)
         in_hand = self._open.get(self.committed)
         if number > self.committed and in_hand is not None and in_hand.skipped:
@@ -124,7 +129,7 @@ class ReplayQueue:
             step=batch.step,
             round=batch.round,
             first=rank * each * self.plan.members,
-            block=columns([self.held[group] for group in mine]),
+            block=columns([self.held[group] for group in mine], join),
             index=batch.index,
             round_rewards=self.rounds[batch.round][1],
             measures=batch.measures,

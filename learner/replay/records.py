@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.rollout import VALID, GroupId, Rollouts, concatenate
+from actors.rollout import VALID, GroupId, Join, Rollouts, concatenate
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Held:
         return whole[self.place * members : (self.place + 1) * members]
 
 
-def columns(held: Sequence[Held]) -> Rollouts | None:
+def columns(held: Sequence[Held], join: Join = np.concatenate) -> Rollouts | None:
     """The groups as one block, with what the learner derived for all of them; None for none.
 
     Neighbours of one block are cut out of it together, as views: a lease is usually consumed whole.
@@ -67,7 +67,7 @@ def columns(held: Sequence[Held]) -> Rollouts | None:
             runs[-1].append(group)
         else:
             runs.append([group])
-    return concatenate([_run(run) for run in runs]) if runs else None
+    return concatenate([_run(run) for run in runs], join) if runs else None
 
 
 def _run(held: list[Held]) -> Rollouts:

@@ -26,7 +26,7 @@ from learner.replay.cuts import Cuts
 from learner.replay.ledger import describe_histogram
 from learner.replay.records import Batch
 from learner.replay.settings import Settings, of
-from learner.replay.wire.frames import Address
+from learner.replay.wire.frames import Address, join
 from learner.replay.wire.server import Server
 
 POLL_SECONDS = 5.0  # an actor's call for a lease comes back empty-handed after this long
@@ -169,7 +169,7 @@ class QueueService(Cuts):
             was_open, expired = self.queue.is_open(number), self._expired()
             if self.closed and not was_open:
                 return True
-            batch = self.queue.get(lineage, number, rank)
+            batch = self.queue.get(lineage, number, rank, join)
             if (batch is not None and not was_open) or self._expired() != expired:
                 self._note(recovery.frozen(number))
             return batch

@@ -6,6 +6,7 @@ import os
 import pickle
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -80,9 +81,14 @@ class Process:
     def address(self) -> Address:
         return self.do(self.server.address(HOST))
 
+    def remote(self) -> Address:
+        return self.address()._replace(local="")
+
     def end(self) -> None:
         async def close() -> None:
             self.server.server.close()
+            if hasattr(self.server, "local"):
+                self.server.local.close()
             for connection in CONNECTIONS.pop(self.server, []):
                 connection.transport.abort()
             others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -125,17 +131,93 @@ def wire(find: Callable[[], Address]) -> Iterator[Wire]:
     made.close()
 
 
+@pytest.mark.parametrize("way", ["address", "remote"])
 @pytest.mark.parametrize("size", [0, 1, 7, 1000, frames.JOINED])
-def test_what_is_sent_arrives_with_its_arrays_aligned_and_of_ones_own(process, size):
+def test_what_is_sent_arrives_with_its_arrays_aligned_and_of_ones_own(process, size, way):
     sent = {
         "bytes": np.arange(size).astype(np.uint8), "floats": np.random.default_rng(0).random(size)
     }  # fmt: skip
-    with wire(process.address) as calls:
+    with wire(getattr(process, way)) as calls:
         (back,) = calls.answer(calls.call("echo", sent))
+        here = calls._socket.family == socket.AF_UNIX
+        assert here == (way == "address" and sys.platform == "linux")
     for name, array in sent.items():
         np.testing.assert_array_equal(back[name], array)
         assert back[name].flags.aligned and back[name].flags.writeable
     assert sum(len(part) for part in frames.pack(1, sent)) > 9 * size
+
+
+def test_frames_of_any_size_follow_each_other_and_none_keeps_anothers_memory(process):
+    sizes = [0, 200_000, 5, 200_000, 190_000, 3, 1_000_000, 200_000]
+    sent = [np.random.default_rng(size).random(size) for size in sizes]
+    with wire(process.address) as calls:
+        numbers = [calls.call("echo", array) for array in sent]
+        back = [calls.answer(number)[0] for number in numbers]
+    for array, (there,), here in zip(sent, process.service.seen, back):
+        np.testing.assert_array_equal(there, array)
+        np.testing.assert_array_equal(here, array)
+        assert kept(there) < 1.2 * array.nbytes + 1000
+
+
+def test_an_array_in_pieces_is_sent_as_they_lie_and_arrives_as_one(process):
+    for lengths in ([100_001, 3, 50_000], [1, 2], [frames.JOINED, 0]):
+        for dtype in ("<f4", "<i2"):
+            whole = np.arange(sum(lengths)).astype(dtype)
+            pieces = np.split(whole, np.cumsum(lengths)[:-1])
+            sent = {"joined": frames.join(pieces), "after": np.arange(3.0)}
+            buffers = frames.pack(1, sent)
+            if whole.nbytes > frames.JOINED:
+                mine = [memoryview(part).obj for part in buffers]
+                assert all(any(m is p.data.obj for m in mine) for p in pieces if len(p))
+            size, count = frames.HEAD.unpack_from(buffers[0])[1:]
+            body = bytearray(b"".join(buffers)[frames.HEAD.size :])
+            assert len(body) == size
+            back = frames.unpack(count, memoryview(body))
+            np.testing.assert_array_equal(back["joined"], whole)
+            np.testing.assert_array_equal(back["after"], np.arange(3.0))
+            assert back["joined"].flags.aligned and back["joined"].dtype == whole.dtype
+
+
+def test_pieces_that_are_sent_another_way_are_refused_rather_than_lost():
+    pieces = frames.join([np.zeros(frames.JOINED), np.ones(1)])
+    with pytest.raises(ValueError, match="frames only"):
+        pickle.loads(pickle.dumps(pieces, 5))
+
+
+def kept(array: np.ndarray) -> int:
+    """Bytes that live as long as the array does."""
+    base: Any = array
+    while getattr(base, "base", None) is not None or isinstance(base, memoryview):
+        base = base.obj if isinstance(base, memoryview) else base.base
+    return base.nbytes
+
+
+def test_a_frame_may_come_in_any_pieces(process):
+    address = process.address()
+    frame = b"".join(frames.pack(7, ("echo", (np.arange(20),))))
+    with socket.create_connection((address.host, address.port), SOON) as caller:
+        theirs, ours = caller.recv(frames.NONCE), bytes(frames.NONCE)
+        caller.sendall(ours + frames.proof(address.key, b"caller", theirs + ours))
+        assert caller.recv(frames.PROOF) == frames.proof(address.key, b"queue", theirs + ours)
+        caller.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for cut in (
+            1,
+            frames.HEAD.size - 1,
+            frames.HEAD.size,
+            frames.HEAD.size + 1,
+            len(frame) - 1,
+        ):
+            stream = 2 * frame
+            for part in (stream[:cut], stream[cut : cut + len(frame)], stream[cut + len(frame) :]):
+                caller.sendall(part)
+                time.sleep(0.01)
+        answers, size = b"", None
+        while size is None or len(answers) < 10 * (frames.HEAD.size + size):
+            answers += caller.recv(100_000)
+            size = frames.HEAD.unpack_from(answers)[1]
+    assert len(process.service.seen) == 10
+    for (array,) in process.service.seen:
+        np.testing.assert_array_equal(array, np.arange(20))
 
 
 def test_answers_are_fetched_in_any_order_and_some_never(process):

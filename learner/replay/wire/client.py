@@ -1,6 +1,7 @@
 """A caller's end of a connection to the queue."""
 
 import hmac
+import io
 import os
 import socket
 import ssl
@@ -15,6 +16,7 @@ from learner.replay.wire.frames import HEAD, NONCE, PROOF, Address
 
 CONNECT_SECONDS = 10.0
 AGAIN_SECONDS = 0.1  # between attempts to connect
+AT_ONCE = 1000  # buffers that the kernel takes at most, or a few more
 SEND_SECONDS = 120.0  # for the queue to take what is sent
 
 
@@ -28,6 +30,7 @@ class Wire:
     def __init__(self, find: Callable[[], Address]) -> None:
         self.find = find
         self._socket: socket.socket | None = None
+        self._reader: io.BufferedIOBase | None = None  # of the socket
         self._asked: dict[int, tuple[str, tuple[Any, ...]]] = {}  # by number: not yet answered
         self._answers: dict[int, tuple[bool, Any]] = {}  # and not yet fetched
         self._number = 0
@@ -73,23 +76,24 @@ class Wire:
 
     def close(self) -> None:
         """End the connection; the next call makes another."""
-        if self._socket is not None:
+        if self._socket is not None and self._reader is not None:
+            self._reader.close()
             self._socket.close()
-            self._socket = None
+        self._socket = self._reader = None
 
     def _receive(self, seconds: float | None) -> tuple[int, int, memoryview]:
         """The next frame: number of its call, how many buffers, and these."""
-        assert self._socket is not None
+        assert self._socket is not None and self._reader is not None
         self._socket.settimeout(seconds)
-        number, size, count = HEAD.unpack(_exactly(self._socket, HEAD.size))
-        return number, count, _exactly(self._socket, size)
+        number, size, count = HEAD.unpack(_exactly(self._reader, HEAD.size))
+        return number, count, _exactly(self._reader, size)
 
     def _connect(self, seconds: float | None) -> None:
         """Connect, and ask again what is not answered. seconds: as `answer` has it."""
         began = time.monotonic()
         while True:
             try:
-                self._socket = _connected(self.find())
+                self._socket, self._reader = _connected(self.find())
                 for number in list(self._asked):
                     self._send(number)
                 return
@@ -107,41 +111,61 @@ class Wire:
         _send_all(self._socket, frames.pack(number, self._asked[number]))
 
 
-def _connected(address: Address) -> socket.socket:
-    """A connection whose other side has shown that it has the key."""
+def _connected(address: Address) -> tuple[socket.socket, io.BufferedIOBase]:
+    """A connection, with its reader, whose other side has shown that it has the key."""
+    made = _local(address.local) or _remote(address)
+    reader = made.makefile("rb")
+    try:
+        theirs, ours = bytes(_exactly(reader, NONCE)), os.urandom(NONCE)
+        made.sendall(ours + frames.proof(address.key, b"caller", theirs + ours))
+        shown = frames.proof(address.key, b"queue", theirs + ours)
+        if not hmac.compare_digest(shown, _exactly(reader, PROOF)):
+            raise ConnectionError("what answers is not the queue")
+    except BaseException:
+        reader.close()
+        made.close()
+        raise
+    return made, reader
+
+
+def _local(name: str) -> socket.socket | None:
+    """A connection within this machine; None where the queue is not on it."""
+    if not name:
+        return None
+    made = socket.socket(socket.AF_UNIX)
+    try:
+        made.settimeout(CONNECT_SECONDS)
+        made.connect(name)
+    except OSError:
+        made.close()
+        return None
+    return made
+
+
+def _remote(address: Address) -> socket.socket:
     plain = socket.create_connection((address.host, address.port), CONNECT_SECONDS)
     try:
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         frames.keep_alive(plain)
         context = frames.tls(listens=False)
-        made = context.wrap_socket(plain) if context else plain
-        theirs, ours = bytes(_exactly(made, NONCE)), os.urandom(NONCE)
-        made.sendall(ours + frames.proof(address.key, b"caller", theirs + ours))
-        if not hmac.compare_digest(
-            frames.proof(address.key, b"queue", theirs + ours), _exactly(made, PROOF)
-        ):
-            raise ConnectionError("what answers is not the queue")
+        return context.wrap_socket(plain) if context else plain
     except BaseException:
         plain.close()
         raise
-    return made
 
 
 def _send_all(target: socket.socket, parts: list[Any]) -> None:
     """All parts, in one call where the kernel takes them at once."""
-    sent = 0 if isinstance(target, ssl.SSLSocket) else target.sendmsg(parts)
+    sent = 0 if isinstance(target, ssl.SSLSocket) else target.sendmsg(parts[:AT_ONCE])
     for part in parts:
         if sent < len(part):
             target.sendall(memoryview(part)[sent:])
         sent = max(0, sent - len(part))
 
 
-def _exactly(source: socket.socket, size: int) -> memoryview:
+def _exactly(source: io.BufferedIOBase, size: int) -> memoryview:
     """So many bytes; EOFError where the other side ended."""
-    buffer, filled = np.empty(size, np.uint8).data, 0
-    while filled < size:
-        count = source.recv_into(buffer[filled:])
-        if not count:
-            raise EOFError("the connection ended")
-        filled += count
+    buffer = np.empty(size, np.uint8).data
+    if source.readinto(buffer) < size:
+        raise EOFError("the connection ended")
     return buffer

@@ -12,7 +12,9 @@ import socket
 import ssl
 import struct
 import traceback
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+
+import numpy as np
 
 from configs.errors import one_line
 
@@ -30,6 +32,7 @@ class Address(NamedTuple):
 
     host: str
     port: int
+    local: str  # abstract name of a Unix socket on its machine; empty: none
     key: bytes
 
 
@@ -37,13 +40,17 @@ def pack(number: int, message: Any) -> list[Any]:
     """A call's message as buffers, to be sent together; its arrays are not copied unless all of it
     is small."""
     buffers: list[pickle.PickleBuffer] = []
-    first = pickle.dumps(message, 5, buffer_callback=buffers.append)
-    parts = [memoryview(first), *(buffer.raw() for buffer in buffers)]
-    body: list[Any] = [struct.pack(f"<{len(parts)}Q", *(part.nbytes for part in parts))]
-    for part in parts:
-        body += [part, PADDING[-part.nbytes % ALIGNED]]
-    size = sum(len(part) for part in body)
-    frame = [HEAD.pack(number, size, len(parts)), *body]
+    body: list[Any] = [b"", pickle.dumps(message, 5, buffer_callback=buffers.append)]
+    sizes = [len(body[1])]
+    body.append(PADDING[-sizes[0] % ALIGNED])
+    for buffer in buffers:
+        raw = buffer.raw()
+        parts = raw.obj.parts if isinstance(raw.obj, _Standing) else [raw]
+        sizes.append(sum([part.nbytes for part in parts]))
+        body += [*parts, PADDING[-sizes[-1] % ALIGNED]]
+    body[0] = struct.pack(f"<{len(sizes)}Q", *sizes)
+    size = sum([-(-size // ALIGNED) * ALIGNED for size in sizes]) + len(body[0])
+    frame = [HEAD.pack(number, size, len(sizes)), *body]
     return [b"".join(frame)] if size <= JOINED else frame
 
 
@@ -66,6 +73,40 @@ def portable(error: Exception) -> Exception:
     return error
 
 
+class Pieces:
+    """A one-dimensional array in pieces, to be sent as they lie; where it arrives it is one."""
+
+    def __init__(self, pieces: list[np.ndarray]) -> None:
+        self.dtype = pieces[0].dtype
+        self.parts = [np.ascontiguousarray(piece).data.cast("B") for piece in pieces]
+        self.nbytes = sum(part.nbytes for part in self.parts)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        standing = np.empty(0, np.uint8).view(_Standing)
+        standing.parts = self.parts
+        return _whole, (self.dtype.str, self.nbytes, pickle.PickleBuffer(cast(Any, standing)))
+
+
+class _Standing(np.ndarray):
+    """No bytes, in the place of those that `pack` puts there."""
+
+    parts: list[memoryview]
+
+
+def _whole(dtype: str, size: int, buffer: Any) -> np.ndarray:
+    whole = np.frombuffer(buffer, dtype)
+    if whole.nbytes != size:
+        raise ValueError("pieces of an array can be sent by frames only")
+    return whole
+
+
+def join(pieces: list[np.ndarray]) -> np.ndarray:
+    """The pieces as one array; large ones remain pieces, and are one where they are received."""
+    if sum([piece.nbytes for piece in pieces]) <= JOINED:
+        return np.concatenate(pieces)
+    return cast(np.ndarray, Pieces(pieces))
+
+
 def proof(key: bytes, side: bytes, nonces: bytes) -> bytes:
     """What a side sends to show that it has the key: HMAC-SHA256 over both sides' nonces.
 
@@ -76,6 +117,8 @@ def proof(key: bytes, side: bytes, nonces: bytes) -> bytes:
 
 def keep_alive(connection: Any) -> None:
     """Have a peer noticed whose machine is gone, after some 90 s without a word."""
+    if connection.family == socket.AF_UNIX:
+        return
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in KEEPALIVE.items():
         if hasattr(socket, option):

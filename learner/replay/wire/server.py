@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import os
 import secrets
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from learner.replay.wire import frames
 from learner.replay.wire.frames import HEAD, NONCE, PROOF, Address
 
 HELLO_SECONDS = 10.0  # for a caller to show that it has the key
+MOST = 1.1  # times a frame's size that its buffer may have
 
 Calls = Mapping[str, Callable[..., Awaitable[Any]]]
 
@@ -27,7 +29,8 @@ class Server:
         self._listening: asyncio.Task[Address] | None = None
 
     async def address(self, host: str) -> Address:
-        """Where it listens: at a free port of this host, from the first call on."""
+        """Where it listens from the first call on: at a free port of this host, and on Linux under
+        a name for callers of this machine."""
         if self._listening is None or (self._listening.done() and self._listening.exception()):
             self._listening = asyncio.ensure_future(self._listen(host))
         return await self._listening
@@ -39,7 +42,10 @@ class Server:
             lambda: _Connection(self), host, 0, ssl=context, ssl_handshake_timeout=limit
         )
         port: int = self.server.sockets[0].getsockname()[1]
-        return Address(host, port, self.key)
+        local = "" if context or sys.platform != "linux" else f"\0onpolicy-{secrets.token_hex(16)}"
+        if local:
+            self.local = await loop.create_unix_server(lambda: _Connection(self), local)
+        return Address(host, port, local, self.key)
 
     async def answer(self, number: int, count: int, body: memoryview) -> list[Any]:
         """The frame that answers a call: whether it succeeded, and the value or error."""
@@ -51,16 +57,16 @@ class Server:
 
 
 class _Connection(asyncio.BufferedProtocol):
-    """One caller: nonce, its proof, ours, and then frames."""
+    """One caller: nonce, its proof, ours, and then frames.
+
+    A frame is read into a buffer of the last one's size, where one of its kind fits at one go.
+    """
 
     def __init__(self, server: Server) -> None:
         self.server = server
         self.nonce = os.urandom(NONCE)
-        self.expect(NONCE + PROOF, self.greeted)
-
-    def expect(self, size: int, then: Callable[[memoryview], None]) -> None:
-        """Read so many bytes next, and go on with them."""
-        self.buffer, self.filled, self.then = np.empty(size, np.uint8).data, 0, then
+        self.buffer, self.filled = np.empty(NONCE + PROOF, np.uint8).data, 0
+        self.wanted, self.then = NONCE + PROOF, self.greeted  # so many bytes, and what comes then
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -77,28 +83,39 @@ class _Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, count: int) -> None:
         self.filled += count
-        if self.filled == len(self.buffer):
-            self.then(self.buffer)
+        while self.filled >= self.wanted:
+            self.then()
 
-    def greeted(self, hello: memoryview) -> None:
-        nonces = self.nonce + bytes(hello[:NONCE])
-        if not hmac.compare_digest(frames.proof(self.server.key, b"caller", nonces), hello[NONCE:]):
-            self.then = lambda _: None
+    def greeted(self) -> None:
+        nonces, shown = self.nonce + bytes(self.buffer[:NONCE]), self.buffer[NONCE:]
+        self.expect(HEAD.size, self.buffer[:0])
+        if not hmac.compare_digest(frames.proof(self.server.key, b"caller", nonces), shown):
             self.transport.abort()
             return
         self.deadline.cancel()
         self.transport.write(frames.proof(self.server.key, b"queue", nonces))
-        self.expect(HEAD.size, self.begun)
 
-    def begun(self, head: memoryview) -> None:
-        self.number, size, self.count = HEAD.unpack(head)
-        self.expect(size, self.ended)
+    def expect(self, size: int, received: memoryview) -> None:
+        """A frame of about this size comes next, whose first bytes have been received."""
+        self.buffer = np.empty(max(size, len(received)), np.uint8).data
+        self.buffer[: len(received)] = received
+        self.filled, self.wanted, self.then = len(received), HEAD.size, self.begun
 
-    def ended(self, body: memoryview) -> None:
+    def begun(self) -> None:
+        self.number, size, self.count = HEAD.unpack_from(self.buffer)
+        self.wanted, self.then = HEAD.size + size, self.ended
+        if self.wanted > len(self.buffer):
+            smaller, self.buffer = self.buffer, np.empty(self.wanted, np.uint8).data
+            self.buffer[: self.filled] = smaller[: self.filled]
+
+    def ended(self) -> None:
+        body, more = self.buffer[HEAD.size : self.wanted], self.buffer[self.wanted : self.filled]
+        if len(self.buffer) > MOST * self.wanted:  # what is kept of it would keep all
+            body = np.array(body).data
         task = asyncio.ensure_future(self.answer(self.number, self.count, body))
-        self.expect(HEAD.size, self.begun)
         self.server.tasks.add(task)
         task.add_done_callback(self.server.tasks.discard)
+        self.expect(self.wanted, more)
 
     async def answer(self, number: int, count: int, body: memoryview) -> None:
         frame = await self.server.answer(number, count, body)
