@@ -120,11 +120,13 @@ class Rollouts:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Between processes a small block goes as one buffer, for each costs more than its bytes.
 
-        A large one goes column by column, which copies nothing.
+        A large one goes column by column, which copies nothing, and so does one whose columns are
+        anything but arrays.
         """
-        if protocol < 5 or self.nbytes > _ONE_BUFFER:
-            return super().__reduce_ex__(protocol)
         rest = dict(vars(self))
+        plain = all(type(rest[name]) is np.ndarray for name in _ARRAYS)
+        if protocol < 5 or not plain or self.nbytes > _ONE_BUFFER:
+            return super().__reduce_ex__(protocol)
         arrays = [np.ascontiguousarray(rest.pop(name)) for name in _ARRAYS]
         form = tuple((array.dtype.str, len(array)) for array in arrays)
         return _unpacked, (form, PickleBuffer(b"".join([a.data for a in arrays])), rest)

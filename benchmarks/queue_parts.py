@@ -145,6 +145,7 @@ class Consumer:
         while done < samples:
             batch = client.get(0, number)
             assert batch is not None and batch.block is not None
+            assert len(batch.block.token_K) == batch.block.offset_N1[-1]
             done += len(batch.block.reward_N)
             client.commit(batch, True, {})
             number += 1

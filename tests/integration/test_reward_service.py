@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -129,13 +130,20 @@ def test_an_event_loop_is_not_blocked(peak_service):
 
 
 def test_concurrent_requests_share_calls_up_to_the_limit(odd_service):
+    together = Barrier(12)
+
     def ask(_):
+        together.wait(20)
         return odd_service.client.score([[0]] * 20, [[1]] * 20, timeout_s=20).reward
 
+    sizes = np.zeros(1)
     with ThreadPoolExecutor(12) as pool:
-        sizes = np.concatenate(list(pool.map(ask, range(12))))
-    assert sizes.max() > 20, "no two requests shared a call"
-    assert sizes.max() <= 50, "a call was over reward.batch"
+        for _ in range(10):  # whether two meet is the scheduler's to say: seldom ten times not
+            sizes = np.concatenate([sizes, *pool.map(ask, range(12))])
+            assert sizes.max() <= 50, "a call was over reward.batch"
+            if sizes.max() > 20:
+                return
+    raise AssertionError("no two requests shared a call")
 
 
 def test_both_replicas_score(odd_service):

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from actors.rollout import concatenate
+from benchmarks.queue_payload import block_of, columns
 from learner.replay.line import TooManyFailures
 from learner.replay.wire import client, frames, server
 from learner.replay.wire.client import Wire
@@ -124,6 +126,9 @@ def process(request) -> Iterator[Process]:
     found.end()
 
 
+LOOPS = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+
+
 @contextmanager
 def wire(find: Callable[[], Address]) -> Iterator[Wire]:
     made = Wire(find)
@@ -160,13 +165,13 @@ def test_frames_of_any_size_follow_each_other_and_none_keeps_anothers_memory(pro
 
 
 def test_an_array_in_pieces_is_sent_as_they_lie_and_arrives_as_one(process):
-    for lengths in ([100_001, 3, 50_000], [1, 2], [frames.JOINED, 0]):
+    for lengths in ([100_001, 3, 50_000], [1, 2], [frames.PIECED, 0]):
         for dtype in ("<f4", "<i2"):
             whole = np.arange(sum(lengths)).astype(dtype)
             pieces = np.split(whole, np.cumsum(lengths)[:-1])
             sent = {"joined": frames.join(pieces), "after": np.arange(3.0)}
             buffers = frames.pack(1, sent)
-            if whole.nbytes > frames.JOINED:
+            if whole.nbytes >= frames.PIECED:
                 mine = [memoryview(part).obj for part in buffers]
                 assert all(any(m is p.data.obj for m in mine) for p in pieces if len(p))
             size, count = frames.HEAD.unpack_from(buffers[0])[1:]
@@ -178,8 +183,28 @@ def test_an_array_in_pieces_is_sent_as_they_lie_and_arrives_as_one(process):
             assert back["joined"].flags.aligned and back["joined"].dtype == whole.dtype
 
 
+def test_pieces_of_two_kinds_are_joined_as_ever():
+    pieces = [np.zeros(frames.PIECED, np.int16), np.ones(1, np.int32)]
+    assert frames.join(pieces).dtype == np.int32
+
+
+@pytest.mark.parametrize("tokens", [1, 50, 512, 2000, 10_000])
+def test_a_batch_of_any_size_arrives_with_every_column_as_it_was(process, tokens):
+    """Blocks that are one buffer, columns apart, and columns in pieces: of 16 to 160,000 tokens."""
+    blocks = [block_of(1, tokens, seed) for seed in range(2)]
+    for block in blocks:
+        block.derived["reference_logp_K"] = block.logp_K + 1
+    whole, sent = concatenate(blocks), concatenate(blocks, frames.join)
+    with wire(process.address) as calls:
+        (back,) = calls.answer(calls.call("echo", sent))
+    for name, column in {**columns(whole), **whole.derived}.items():
+        found = back.derived[name] if name in whole.derived else getattr(back, name)
+        np.testing.assert_array_equal(found, column)
+        assert found.dtype == column.dtype and found.flags.aligned
+
+
 def test_pieces_that_are_sent_another_way_are_refused_rather_than_lost():
-    pieces = frames.join([np.zeros(frames.JOINED), np.ones(1)])
+    pieces = frames.join([np.zeros(frames.PIECED), np.ones(1)])
     with pytest.raises(ValueError, match="frames only"):
         pickle.loads(pickle.dumps(pieces, 5))
 
@@ -393,10 +418,12 @@ def test_what_failed_there_says_where(process):
     assert "in fail" in "".join(failed.value.__notes__)
 
 
-def test_with_rays_tls_both_sides_show_a_certificate_of_its_authority(tmp_path, monkeypatch):
+@LOOPS
+def test_with_rays_tls_both_sides_show_a_certificate_of_its_authority(tmp_path, monkeypatch, loop):
+    loops = pytest.importorskip(loop)
     for name, value in authority(tmp_path / "ours").items():
         monkeypatch.setenv(name, value)
-    process = Process()
+    process = Process(loops.new_event_loop)
     address = process.address()
     with wire(lambda: address) as calls:
         assert isinstance(calls.answer(calls.call("echo", 1)), tuple)

@@ -22,6 +22,7 @@ HEAD = struct.Struct("<QQQ")  # number of the call, bytes after the head, how ma
 NONCE = 32  # bytes
 PROOF = 32
 JOINED = 2**14  # bytes of a frame up to which it is one buffer
+PIECED = 2**18  # bytes of an array from which on it is sent in its pieces
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}  # as far as there are such
 ALIGNED = 8  # bytes: where a buffer begins, for the arrays in it
 PADDING = [bytes(count) for count in range(ALIGNED)]
@@ -51,7 +52,7 @@ def pack(number: int, message: Any) -> list[Any]:
     body[0] = struct.pack(f"<{len(sizes)}Q", *sizes)
     size = sum([-(-size // ALIGNED) * ALIGNED for size in sizes]) + len(body[0])
     frame = [HEAD.pack(number, size, len(sizes)), *body]
-    return [b"".join(frame)] if size <= JOINED else frame
+    return [b"".join(frame)] if size <= JOINED else [part for part in frame if len(part)]
 
 
 def unpack(count: int, body: memoryview) -> Any:
@@ -102,7 +103,8 @@ def _whole(dtype: str, size: int, buffer: Any) -> np.ndarray:
 
 def join(pieces: list[np.ndarray]) -> np.ndarray:
     """The pieces as one array; large ones remain pieces, and are one where they are received."""
-    if sum([piece.nbytes for piece in pieces]) <= JOINED:
+    alike = all(piece.dtype == pieces[0].dtype for piece in pieces)
+    if not alike or sum([piece.nbytes for piece in pieces]) < PIECED:
         return np.concatenate(pieces)
     return cast(np.ndarray, Pieces(pieces))
 

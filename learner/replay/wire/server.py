@@ -43,8 +43,11 @@ class Server:
         )
         port: int = self.server.sockets[0].getsockname()[1]
         local = "" if context or sys.platform != "linux" else f"\0onpolicy-{secrets.token_hex(16)}"
-        if local:
-            self.local = await loop.create_unix_server(lambda: _Connection(self), local)
+        try:
+            if local:
+                self.local = await loop.create_unix_server(lambda: _Connection(self), local)
+        except OSError:  # where a sandbox has none
+            local = ""
         return Address(host, port, local, self.key)
 
     async def answer(self, number: int, count: int, body: memoryview) -> list[Any]:
