@@ -17,7 +17,7 @@ from reward_server.rewards import describe
 
 @dataclass
 class _Asked:
-    """An evaluation under way. weights: a list with the reference, kept till it is done."""
+    """An evaluation under way. weights: a list with them, or a reference, till it is done."""
 
     version: Version
     number: int
@@ -63,7 +63,7 @@ class Evaluations:
         ray.get(made, timeout=self.config.limits.startup_seconds)
 
     def ask(self, version: Version, weights: Any) -> None:
-        """Evaluate these weights (an object reference)."""
+        """Evaluate these weights, or what a reference stands for."""
         self._ask(_Asked(version, self.asked, [weights]))
         self.asked += 1
 

@@ -121,7 +121,7 @@ class Parts:
         ]
 
     def begun(self, ranks: list[Any]) -> tuple[Any, Any]:
-        """References to π_ref's weights and to those that the learner begins with."""
+        """π_ref's weights and those that the learner begins with, or references to them."""
         answers = ray.get(ranks, timeout=self.config.limits.startup_seconds)
         if self.fleet is not None and self.fleet.running and pushes(self.config):
             self._join(self.fleet.workers)  # the ranks are new, the actors are not

@@ -1,11 +1,11 @@
 """How a version's weights leave the learner: the host path, always, and a push beside it.
 
-The host path is one flat float32 array in Ray's object store, whose reference goes to the queue
-with the version; an actor that leases fetches it where its engine has another version. A push
-(`rollout.transfer=nccl|ipc`) gives the version to the actors' GPUs before the queue knows of it, so
-that at their next lease there is nothing to fetch. The array is made all the same: for the
-evaluator, and for an actor that the push did not reach. Both ways share one pass of gathering, one
-parameter at a time.
+The host path is one flat float32 array: in Ray's object store, and its reference goes to the queue
+with the version; a small one goes there itself. An actor that leases takes it where its engine has
+another version. A push (`rollout.transfer=nccl|ipc`) gives the version to the actors' GPUs before
+the queue knows of it, so that at their next lease there is nothing to fetch. The array is made all
+the same: for the evaluator, and for an actor that the push did not reach. Both ways share one pass
+of gathering, one parameter at a time.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,6 +23,7 @@ from learner.transfer import Sending, TransferGroup
 from learner.vllm_push import VllmTransport
 
 PING_SECONDS = 0.5
+SMALL_BYTES = 2**20  # of weights up to which the queue has them, and not a reference
 
 
 class Publisher(Protocol):
@@ -42,7 +43,7 @@ class Publisher(Protocol):
 
 
 class HostPublisher:
-    """Ray's object store. put: from the array to what the queue hands out."""
+    """The queue, or Ray's object store. put: from the array to what the queue hands out."""
 
     def __init__(
         self, config: Config, learner: Learner, rank: int, put: Callable[[Any], Any]
@@ -108,11 +109,16 @@ def publisher(config: Config, learner: Learner, rank: int) -> Publisher:
     """The publisher that `rollout.transfer` asks for."""
     if config.rollout.transfer is Transfer.host:
         kind = AdapterPublisher if config.rollout.adapter_only else HostPublisher
-        return kind(config, learner, rank, ray.put)
+        put = ray.put if config.rollout.adapter_only else _put
+        return kind(config, learner, rank, put)
     layout, here = learner.engine.layout(), ray.util.get_node_ip_address()
     transport = VllmTransport(config, layout, ask_over_ray(config), here)
     group = TransferGroup(transport, config.limits.transfer_seconds)
     return PushPublisher(config, learner, rank, ray.put, group)
+
+
+def _put(flat: np.ndarray) -> Any:
+    return flat.copy() if flat.nbytes <= SMALL_BYTES else ray.put(flat)
 
 
 def ask_over_ray(config: Config) -> Callable[..., dict[int, str]]:

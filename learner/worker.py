@@ -40,8 +40,8 @@ class LearnerWorker:
     def start(
         self, master: tuple[str, int], queue: Any, restored: tuple[str, int, int] | None
     ) -> list[Any]:
-        """Join the ranks, load the networks, publish; rank 0 returns a reference to π_ref's weights
-        and one to those it begins with.
+        """Join the ranks, load the networks, publish; rank 0 returns π_ref's weights and those it
+        begins with, or references to them.
 
         restored: a checkpoint's folder, the lineage that goes on from it, and its batch; without a
         folder, a lineage that begins anew.
@@ -126,7 +126,7 @@ class LearnerWorker:
         newest = self.learner.version.step
         wait = self.config.limits.wait_seconds
         due = [(v, w[0]) for v, w in self.published if v.step < newest]
-        lagged = [(v, received(ray.get(weights), wait)) for v, weights in due]
+        lagged = [(v, received(weights, wait)) for v, weights in due]
         checkpoint.save(self.learner, self.learner.engine.writer, folder, lagged)
         return time.perf_counter() - started
 

@@ -1,8 +1,8 @@
 """The queue's process as others see it: rollout actors, and learner ranks.
 
-Rollouts and all that is said of each lease and batch go over connections (`learner.replay.wire`).
-Object references of weights are Ray's to send: so are the calls that have one, a commit that
-publishes and `weights`.
+Rollouts and all that is said of each lease and batch go over connections (`learner.replay.wire`),
+and so do weights that are few. Of others there are object references, which are Ray's to send: so
+are the calls that have one, a commit that publishes and `weights`.
 """
 
 from collections import deque
@@ -22,13 +22,22 @@ from learner.replay.wire.client import Wire
 from learner.replay.wire.frames import Address
 
 WEIGHTS = "weights"  # a restarted queue's answer to rank 0: publish again what you last published
+WITHHELD = "withheld"  # in place of a lease's weights: the caller has them, or asks for them by Ray
 
 
-def received(weights: np.ndarray | LowRank, wait_seconds: float) -> np.ndarray:
-    """Published weights as a flat array, merged with those they are relative to."""
+def plain(weights: Any) -> bool:
+    """Whether what is published of a version is all there, with no object reference in it."""
+    return isinstance(weights, list) and isinstance(weights[0], np.ndarray)
+
+
+def received(weights: Any, wait_seconds: float) -> np.ndarray:
+    """Published weights or a reference as a flat array, merged with what they are relative to."""
+    if isinstance(weights, ray.ObjectRef):
+        weights = ray.get(weights, timeout=wait_seconds)
     if isinstance(weights, LowRank):
         return weights.onto(ray.get(weights.base[0], timeout=wait_seconds))
-    return weights
+    flat: np.ndarray = weights
+    return flat
 
 
 def _address(handle: Any, wait_seconds: float) -> Address:
@@ -38,7 +47,7 @@ def _address(handle: Any, wait_seconds: float) -> Address:
 
 
 class ActorQueue:
-    """`actors.actor.QueueClient` over a connection, and Ray where weights are concerned."""
+    """`actors.actor.QueueClient` over a connection, and Ray for object references."""
 
     def __init__(self, handle: Any, wait_seconds: float, slot: int = 0) -> None:
         self.handle = handle
@@ -56,7 +65,7 @@ class ActorQueue:
         while True:
             call, self._put = self._put, None
             if call is None:
-                call = self.wire.call("lease", actor, self.slot, self._done)
+                call = self.wire.call("lease", self._has(), actor, self.slot, self._done)
             answer = self.wire.answer(call, self.wait_seconds)
             if answer == "over":
                 self.wire.close()
@@ -69,13 +78,18 @@ class ActorQueue:
         queue restarted since, or as others have it by now."""
         if lease.weights is None:
             return lease
-        if self._weights is None or self._weights[0] != lease.version:
+        if lease.weights != WITHHELD:
+            self._weights = lease.version, lease.weights
+        elif self._weights is None or self._weights[0] != lease.version:
             call = self.handle.weights.remote(lease.id, lease.version)
             found = ray.get(call, timeout=self.wait_seconds)
             if found is None:
                 return None
             self._weights = lease.version, found
         return replace(lease, weights=self._weights[1])
+
+    def _has(self) -> Version | None:
+        return self._weights[0] if self._weights is not None else None
 
     def newer(self, than: Version) -> Lease | None:
         """The newest weights that actors may have, once newer than these; None at the end."""
@@ -86,14 +100,12 @@ class ActorQueue:
                 return None if answer == "over" else answer
 
     def weights(self, lease: Lease) -> np.ndarray:
-        found = ray.get(lease.weights[0], timeout=self.wait_seconds)
-        return received(found, self.wait_seconds)
+        return received(lease.weights[0], self.wait_seconds)
 
     def put(self, lease: Lease, block: Rollouts) -> None:
         self._done = lease.id
-        self._put = self.wire.call(
-            "exchange", replace(lease, weights=None), block, self._carried(), self._actor, self.slot
-        )
+        handed = replace(lease, weights=None), block, self._carried()
+        self._put = self.wire.call("exchange", self._has(), *handed, self._actor, self.slot)
 
     def probed(self, nats: float) -> None:
         self._probed = nats
@@ -106,8 +118,8 @@ class ActorQueue:
 class LearnerQueue:
     """The queue as one learner rank sees it.
 
-    published: takes what is published, [reference, probe], and has what a restarted queue may ask
-    for again.
+    published: takes what is published, [weights or a reference, probe], and has what a restarted
+    queue may ask for again.
     """
 
     def __init__(
@@ -154,10 +166,11 @@ class LearnerQueue:
             self._published.append(weights)
         self._settle(None)  # its successor may come by the other way, and would overtake it
         known = batch.lineage, batch.number, self.rank, stepped, derived
-        if weights is None:
-            self._commit = partial(self.wire.answer, self.wire.call("commit", *known, None, cut))
+        due = weights[1] if weights is not None else None
+        if due is None or plain(due):
+            self._commit = partial(self.wire.answer, self.wire.call("commit", *known, due, cut))
         else:
-            call = self.handle.commit.remote(*known, weights[1], cut)
+            call = self.handle.commit.remote(*known, due, cut)
             self._commit = lambda seconds: ray.get(call, timeout=seconds)
         if not stepped:
             for ahead in self._ahead.values():  # tagged as if this one had stepped

@@ -21,7 +21,7 @@ from actors.rollout import Rollouts, Version
 from configs import faults
 from configs.schema import Config
 from learner.replay import recovery
-from learner.replay.clients import WEIGHTS
+from learner.replay.clients import WEIGHTS, WITHHELD, plain
 from learner.replay.cuts import Cuts
 from learner.replay.ledger import describe_histogram
 from learner.replay.records import Batch
@@ -30,7 +30,6 @@ from learner.replay.wire.frames import Address, join
 from learner.replay.wire.server import Server
 
 POLL_SECONDS = 5.0  # an actor's call for a lease comes back empty-handed after this long
-WITHHELD = "withheld"  # in place of a lease's weights, where they are not sent with it
 GRACE_SECONDS = 30.0  # for whoever watches the run to stop it first
 
 
@@ -65,13 +64,16 @@ class QueueService(Cuts):
 
     @staticmethod
     def _leases(call: Callable[..., Awaitable[Lease | str]]) -> Callable[..., Awaitable[Any]]:
-        """The call with its lease's weights left out, for which `weights` is to be asked."""
+        """The call with its lease's weights left out, where the caller has them, or is to ask for
+        them by `weights`. has: the version of the weights that the caller has."""
 
-        async def answer(*arguments: Any) -> Lease | str:
+        async def answer(has: Version | None, *arguments: Any) -> Lease | str:
             found = await call(*arguments)
-            if isinstance(found, Lease) and found.weights is not None:
-                return replace(found, weights=WITHHELD)
-            return found
+            if not isinstance(found, Lease) or found.weights is None:
+                return found
+            if plain(found.weights) and found.version != has:
+                return found
+            return replace(found, weights=WITHHELD)
 
         return answer
 
@@ -150,7 +152,8 @@ class QueueService(Cuts):
     # Learner ranks.
 
     async def publish(self, version: Version, weights: list[Any]) -> None:
-        """weights: a list, so that Ray does not fetch it here, of object reference and probe."""
+        """weights: a list, so that Ray does not fetch it here, of weights or their reference, and
+        probe."""
         self._publish(version, weights)
         self._wants_weights = False
         self._wake()
