@@ -1,6 +1,6 @@
 """A training run: start the parts, let the learner consume, write down what happens.
 
-The driver moves no payload. It asks the learner ranks for a number of batches at a time, writes
+The driver moves no rollouts. It asks the learner ranks for a number of batches at a time, writes
 their records as metrics, hands versions to the evaluator, watches over the parts, and goes back to
 the last checkpoint where the learner dies.
 """

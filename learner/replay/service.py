@@ -200,10 +200,12 @@ class QueueService(Cuts):
         cut: folder of the checkpoint that ends with this batch.
         """
         faults.hit("queue.commit.before")
-        if weights is not None:
-            self._due[number] = weights
+        if plain(weights):  # which came in one frame with what groups keep
+            derived = {name: column.copy() for name, column in derived.items()}
         new = number >= self.queue.committed  # else it was said before the queue restarted
         self.queue.commit(lineage, number, rank, stepped, derived)
+        if weights is not None:
+            self._due[number] = weights
         if new:
             self._note(recovery.committed(lineage, number, rank, stepped, derived))
             self.stalls.committed()
@@ -219,7 +221,6 @@ class QueueService(Cuts):
         last = self.queue.committed - 1
         if (weights := self._due.get(last)) is not None:
             self._publish(self.queue.version, weights)
-            self._wants_weights = False
         self._due = {number: weights for number, weights in self._due.items() if number > last}
 
     # The run.

@@ -11,10 +11,12 @@ from actors.actor import Lease
 from actors.codec import DamagedError, decode, encode
 from actors.rollout import REWARD_FAILED, Version
 from learner.replay import snapshot
+from learner.replay.clients import WEIGHTS
 from learner.replay.cuts import STATE
 from learner.replay.journal import Journal, read_base
 from learner.replay.line import Rules
 from learner.replay.queue import ReplayQueue
+from learner.replay.records import Batch
 from learner.replay.service import QueueService
 from learner.replay.settings import Settings
 from tests.unit.test_queue import answer, small
@@ -189,6 +191,29 @@ def test_a_queue_from_its_journal_has_no_weights_for_the_leases_that_are_out(tmp
         assert await service(tmp_path).weights(lease.id, lease.version) is None
         await queue.put(lease, answer(lease, 2))
         assert await queue.weights(lease.id, lease.version) is None  # out no more
+
+    asyncio.run(story())
+
+
+def test_a_queue_from_its_journal_asks_for_all_weights_also_after_a_commit_brings_the_newest(
+    tmp_path,
+):
+    async def story() -> None:
+        queue = service(tmp_path, passes=1, lag=2)
+        await queue.publish(Version(0, 0), ["w0"])
+        for _ in range(3):
+            lease = await queue.lease(0)
+            assert isinstance(lease, Lease)
+            await queue.put(lease, answer(lease, 2))
+        batch = await queue.get(0, 0, 0)
+        assert isinstance(batch, Batch) and batch.block is not None
+        derived = {"reference_logp_K": np.zeros(len(batch.block.token_K))}
+        back = service(tmp_path, passes=1, lag=2)
+        await back.commit(0, 0, 0, True, derived, ["w1"])  # said again
+        assert await back.get(0, 1, 0) == WEIGHTS  # older ones are due, by the lag
+        await back.publish(Version(0, 0), ["w0"])
+        lease = await back.lease(0)
+        assert isinstance(lease, Lease) and lease.weights == ["w0"]
 
     asyncio.run(story())
 
