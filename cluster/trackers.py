@@ -123,9 +123,12 @@ class WeightsAndBiases:
         """Nothing: what is logged stays."""
 
     def close(self) -> None:
-        """Write out what is held back."""
+        """Write out what is held back: W&B's own process ends, since `finish` does not wait."""
         if self._run is not None:
+            import wandb
+
             self._run.finish()
+            wandb.teardown()
 
 
 class Trackio:
