@@ -45,6 +45,16 @@ def start(model: PreTrainedModel, mask_NP: Tensor, tokens: int) -> Decoding:
     return Transformers(model, mask_NP)
 
 
+@torch.inference_mode()
+def text_logits(model: PreTrainedModel, token_NT: Tensor) -> Tensor:
+    """Logits after each token of whole texts, [N, T, V], by the network that decodes."""
+    decoding = start(model, torch.ones_like(token_NT), 0)
+    if isinstance(decoding, _Cached):
+        return decoding.whole(token_NT)
+    logits_NTV: Tensor = model(token_NT, use_cache=False).logits
+    return logits_NTV
+
+
 class Transformers:
     """Any causal language model of transformers."""
 
@@ -97,6 +107,11 @@ class _Cached(ABC):
         hidden_NPE = self._hidden(token_NP, place_NP, allowed)
         self.seen += width
         return functional.linear(hidden_NPE[:, -1:], self.output)[:, -1]
+
+    def whole(self, token_NT: Tensor) -> Tensor:
+        """Logits after each token of texts without padding, [N, T, V]; instead of `logits`."""
+        place_NT = torch.arange(token_NT.shape[1], device=token_NT.device).expand_as(token_NT)
+        return functional.linear(self._hidden(token_NT, place_NT, None), self.output)
 
     @abstractmethod
     def _hidden(self, token_NP: Tensor, place_NP: Tensor, allowed: Tensor | None) -> Tensor:

@@ -163,9 +163,12 @@ def unflatten(model: nn.Module, flat: np.ndarray) -> None:
 
 
 @torch.no_grad()
-def score(model: Callable[..., Any], text_NT: np.ndarray, device: Any) -> np.ndarray:
-    """log π(token | those before it) of all tokens but the first, [N, T − 1] float32, nats."""
+def score(logits: Callable[[Tensor], Tensor], text_NT: np.ndarray, device: Any) -> np.ndarray:
+    """log π(token | those before it) of all tokens but the first, [N, T − 1] float32, nats.
+
+    logits: from tokens [N, T] to logits of each one's next, [N, T, V].
+    """
     token_NT = torch.tensor(text_NT, dtype=torch.long, device=device)
-    logits_NLV = model(token_NT, use_cache=False).logits[:, :-1].float()
+    logits_NLV = logits(token_NT)[:, :-1].float()
     logp_NL1 = logits_NLV.log_softmax(-1).gather(-1, token_NT[:, 1:, None])
     return logp_NL1[..., 0].cpu().numpy()

@@ -7,13 +7,14 @@ sampled, so it is the reference that other engines are compared with.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from actors import policy
-from actors.decoding import start
+from actors.decoding import start, text_logits
 from actors.engine import Request
 from actors.packing import does_not_fit, fail_group, pack
 from actors.randomness import stream_key, uniforms
@@ -72,7 +73,7 @@ class TorchEngine:
         return block
 
     def score(self, text_NT: np.ndarray) -> np.ndarray:
-        return policy.score(self.model, text_NT, self.device)
+        return policy.score(partial(text_logits, self.model), text_NT, self.device)
 
     def close(self) -> None:
         pass

@@ -69,30 +69,42 @@ class VllmEngine:
 
     async def _update(self, weights: np.ndarray, version: Version) -> None:
         """vLLM's start, update, finish, with the caches emptied and nothing generated meanwhile; a
-        worker that stages starts before that (`actors.vllm_staging`)."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
+        worker that stages starts before that (`actors.vllm_staging`), if there is work to go on
+        with."""
         llm, buffer = self.process.llm, self.process.buffer
         async with self._loading:
             await asyncio.to_thread(np.copyto, buffer.array, weights)
             staged = int(buffer.mark[0])
-            if staged != UNSTAGED:
+            ahead = staged != UNSTAGED and self._busy
+            if ahead:
                 await llm.start_weight_update()
                 while buffer.mark[0] == staged:
                     await asyncio.sleep(STAGED_POLL)
             async with self.updating:
-                busy = self._running > 0 or self.halted
-                if busy:  # as llm.pause_generation does, without its sleep of 20 ms
+                if busy := self._busy:  # as llm.pause_generation does, without its sleep of 20 ms
                     await llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
-                else:
-                    await llm.reset_prefix_cache()
-                if staged == UNSTAGED:
-                    await llm.start_weight_update()
-                await llm.update_weights(WeightTransferUpdateRequest(update_info={}))
-                await llm.finish_weight_update(label(version))
+                first = [] if busy else [llm.reset_prefix_cache()]
+                await self._take(first if ahead else [*first, llm.start_weight_update()])
+                await llm.update_weight_version(label(version))
                 self.version, self.halted = version, False
                 if busy:
                     await llm.resume_generation()
+
+    async def _take(self, first: list[Any]) -> None:
+        """These calls, update and finish: each sent before the one before it is answered, since
+        vLLM serves them in order, and one there and back costs milliseconds."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        llm = self.process.llm
+        last = [llm.update_weights(WeightTransferUpdateRequest(update_info={})),
+                llm.finish_weight_update()]  # fmt: skip
+        for answer in await asyncio.gather(*first, *last, return_exceptions=True):
+            if isinstance(answer, BaseException):
+                raise answer
+
+    @property
+    def _busy(self) -> bool:
+        return self._running > 0 or self.halted
 
     def push(self, step: str, payload: dict[str, Any]) -> None:
         """One step of a push from the learner's GPU, see `actors.vllm_push`; from any thread."""

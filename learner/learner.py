@@ -95,7 +95,10 @@ class Learner:
             return None
         network = self.engine.engine if gathers else self.engine.engine.module
         network.eval()
-        logp_NL = policy.score(network, self._probe_NT, self.engine.device)
+        logp_NL = policy.score(
+            lambda token_NT: network(token_NT, use_cache=False).logits, self._probe_NT,
+            self.engine.device,
+        )  # fmt: skip
         network.train()
         return Probe(self._probe_NT, logp_NL)
 

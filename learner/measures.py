@@ -11,6 +11,7 @@ from torch import Tensor
 from configs.objectives import TABLE
 from configs.schema import ObjectiveConfig
 from learner import divergence
+from learner.batch import distinct
 from learner.cells import Cells
 from learner.objectives.base import LossInputs, masked
 from learner.objectives.terms import values_of
@@ -140,11 +141,11 @@ def _by_cell(
 ) -> Cells:
     names = list(columns)
     table = torch.stack([columns[name] for name in names]).cpu().numpy()
-    pairs, owner = np.unique(np.stack([age_N, reuse_N])[:, valid_N], axis=1, return_inverse=True)
-    sums = np.zeros((len(names), pairs.shape[1]))
+    pairs_P2, owner_N = distinct(age_N[valid_N], reuse_N[valid_N])
+    sums = np.zeros((len(names), len(pairs_P2)))
     for row, values in enumerate(table[:, valid_N]):
-        sums[row] = np.bincount(owner.reshape(-1), weights=values, minlength=pairs.shape[1])
+        sums[row] = np.bincount(owner_N, weights=values, minlength=len(pairs_P2))
     return {
-        (int(age), int(reuse)): dict(zip(names, sums[:, cell].tolist()))
-        for cell, (age, reuse) in enumerate(pairs.T)
+        (age, reuse): dict(zip(names, sums[:, cell].tolist()))
+        for cell, (age, reuse) in enumerate(pairs_P2.tolist())
     }

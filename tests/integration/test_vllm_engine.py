@@ -242,13 +242,17 @@ def probe_text(engine, model) -> np.ndarray:
     return probe.text(config.seed, shape.vocab_size, policy.context(config, shape))
 
 
+def scores(model, text_NT: np.ndarray) -> np.ndarray:
+    return policy.score(lambda token_NT: model(token_NT).logits, text_NT, "cpu")
+
+
 def test_scores_of_the_probe_are_those_of_transformers_and_change_no_rollout(engine, model):
     engine.load(weights(model, 4), Version(0, 4))
     text_NT = probe_text(engine, model)
     block = engine.generate(requests(*ONE_TOKEN), "rollout")
     engine.config.rollout.temperature = 0.6  # the probe's is 1 whatever the rollouts'
     for _ in range(2):
-        apart_NL = engine.score(text_NT) - policy.score(model, text_NT, "cpu")
+        apart_NL = engine.score(text_NT) - scores(model, text_NT)
         assert apart_NL.shape == (4, 10) and np.abs(apart_NL).max() <= TOLERANCE
     engine.config.rollout.temperature = 1.0
     assert texts(engine.generate(requests(*ONE_TOKEN), "rollout")) == texts(block)
@@ -262,7 +266,7 @@ def test_right_after_an_update_in_mid_generation_the_probe_agrees(engine, model,
         load(flat, version)
         running = engine._running > 0
         scores_NL = engine.score(text_NT)
-        apart.append((running, np.abs(scores_NL - policy.score(model, text_NT, "cpu")).max()))
+        apart.append((running, np.abs(scores_NL - scores(model, text_NT)).max()))
 
     monkeypatch.setattr(engine, "load", load_and_probe)
     block, _ = generate_under_updates(

@@ -104,10 +104,24 @@ def test_rows_let_go_leave_the_others_as_they_are(name: str, mask_NP: torch.Tens
         torch.testing.assert_close(some, whole, rtol=0, atol=1e-5)
 
 
-def test_other_architectures_go_through_transformers() -> None:
+def other() -> PreTrainedModel:
     shape = LlamaConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, intermediate_size=64, max_position_embeddings=32,
     )  # fmt: skip
-    model = policy.build(shape).eval()
+    return policy.build(shape).eval()
+
+
+@pytest.mark.parametrize("name", [*SHAPES, "llama"])
+@torch.inference_mode()
+def test_whole_texts_have_the_logits_of_transformers(name: str) -> None:
+    model = other() if name == "llama" else network(name)
+    token_NT = torch.randint(0, 50, (4, 11), generator=torch.Generator().manual_seed(1))
+    theirs = model(token_NT, use_cache=False).logits
+    ours = decoding.text_logits(model, token_NT)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_other_architectures_go_through_transformers() -> None:
+    model = other()
     assert isinstance(decoding.start(model, unpadded(), MORE), decoding.Transformers)
