@@ -15,6 +15,7 @@ model_executor/model_loader/reload/meta.py.
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 
 PLAIN = (type(None), UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 PRIMITIVES = 32  # kept for each layer, by number of rows; as vLLM has it
+PACKERS = min(4, len(os.sched_getaffinity(0)))  # threads; more only wait for memory
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8  # of glibc's mallopt
 
 
@@ -58,6 +60,7 @@ class Packing(NamedTuple):
     weight: Tensor  # without memory where vLLM has freed it
     pieces: list[Piece]
 
+    @torch.no_grad()
     def pack(self) -> Any:
         """A new oneDNN handler, with a copy of the weights as they are now in the flat array."""
         first = self.pieces[0]
@@ -90,10 +93,12 @@ class Staging:
         self.packings = [
             Packing(layer, weight, copies.into(weight)) for layer, weight in zip(layers, weights)
         ]
+        self.packings.sort(key=lambda packing: -packing.weight.numel())  # the longest does not wait
         plain = [p.data for p in model.parameters() if p.numel()]
         places = [(piece.place(p), piece.source) for p in plain for piece in copies.into(p)]
         self.live, self.sources = [place for place, _ in places], [source for _, source in places]
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="staging")
+        self.packers = ThreadPoolExecutor(PACKERS, thread_name_prefix="packing")
         self.packed: Future[list[Any]] | None = None
         _keep_memory()
 
@@ -103,9 +108,8 @@ class Staging:
         self.packed = self.thread.submit(self._pack)
         self.packed.add_done_callback(then)
 
-    @torch.no_grad()
     def _pack(self) -> list[Any]:
-        return [packing.pack() for packing in self.packings]
+        return list(self.packers.map(Packing.pack, self.packings))
 
     @torch.no_grad()
     def swap(self) -> None:
