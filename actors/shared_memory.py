@@ -1,6 +1,7 @@
 """Weights through shared memory: one buffer that the sender fills and the reader maps.
 
-Behind the weights is a mark, a number by which the reader answers without being asked.
+Behind the weights are two marks, numbers that both processes see at once: how many weights have
+been written (FILLED), and how many versions the reader has made ready (STAGED).
 
 The file has a name only until every reader has opened it, so that nothing is left behind whichever
 process dies; and its pages stay mapped, so that each later version costs one copy into warm memory.
@@ -16,7 +17,9 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path("/dev/shm")
-MARK_BYTES = 8
+FILLED, STAGED = 0, 1  # places of the marks
+MARK_BYTES = 16
+PIECE = 2**20  # numbers written before the mark says so
 UNSTAGED = -1  # mark of a reader that takes weights only while it does nothing else
 
 
@@ -43,6 +46,14 @@ class WeightBuffer:
         finally:
             os.close(descriptor)
         self.array, self.mark = _cut(self._map, count)
+        self.mark[FILLED] = count  # zeros
+
+    def fill(self, weights: np.ndarray) -> None:
+        """Write all weights, [count]; a reader that follows FILLED may take them as they come.
+        FILLED has to be 0 before that reader is told."""
+        for start in range(0, len(weights), PIECE):
+            self.array[start : start + PIECE] = weights[start : start + PIECE]
+            self.mark[FILLED] = min(start + PIECE, len(weights))
 
     def unlink(self) -> None:
         """Take the name away; the memory lives until its last mapping ends."""
@@ -51,16 +62,16 @@ class WeightBuffer:
 
 
 def attach(path: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Array [count] and mark [1] of another process's `WeightBuffer`, views of the same memory."""
+    """Array [count] and marks [2] of another process's `WeightBuffer`, views of the same memory."""
     with open(path, "r+b") as file:
         return _cut(mmap.mmap(file.fileno(), 0), count)
 
 
 def _mark_at(count: int) -> int:
-    """Bytes before the mark: the weights, and what aligns it."""
+    """Bytes before the marks: the weights, and what aligns them."""
     return -(-4 * count // MARK_BYTES) * MARK_BYTES
 
 
 def _cut(memory: mmap.mmap, count: int) -> tuple[np.ndarray, np.ndarray]:
     array = np.frombuffer(memory, dtype=np.float32, count=count)
-    return array, np.frombuffer(memory, dtype=np.int64, count=1, offset=_mark_at(count))
+    return array, np.frombuffer(memory, dtype=np.int64, count=2, offset=_mark_at(count))

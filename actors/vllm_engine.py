@@ -18,7 +18,7 @@ from actors.engine import Request
 from actors.packing import does_not_fit, fail_group, pack
 from actors.randomness import request_seed
 from actors.rollout import GENERATION_FAILED, Rollouts, Version
-from actors.shared_memory import UNSTAGED
+from actors.shared_memory import FILLED, STAGED, UNSTAGED
 from actors.vllm_process import DIED, EngineDied, VllmProcess
 from actors.vllm_push import NO_VERSION, Pushes, label
 from configs.schema import Config
@@ -69,26 +69,36 @@ class VllmEngine:
 
     async def _update(self, weights: np.ndarray, version: Version) -> None:
         """vLLM's start, update, finish, with the caches emptied and nothing generated meanwhile; a
-        worker that stages starts before that (`actors.vllm_staging`), if there is work to go on
-        with."""
+        worker that stages (`actors.vllm_staging`) starts before that, if there is work to go on
+        with, and takes weights while they are still being written."""
         llm, buffer = self.process.llm, self.process.buffer
         async with self._loading:
-            await asyncio.to_thread(np.copyto, buffer.array, weights)
-            staged = int(buffer.mark[0])
-            ahead = staged != UNSTAGED and self._busy
-            if ahead:
-                await llm.start_weight_update()
-                while buffer.mark[0] == staged:
-                    await asyncio.sleep(STAGED_POLL)
-            async with self.updating:
-                if busy := self._busy:  # as llm.pause_generation does, without its sleep of 20 ms
-                    await llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
-                first = [] if busy else [llm.reset_prefix_cache()]
-                await self._take(first if ahead else [*first, llm.start_weight_update()])
-                await llm.update_weight_version(label(version))
-                self.version, self.halted = version, False
-                if busy:
-                    await llm.resume_generation()
+            staged, buffer.mark[FILLED] = int(buffer.mark[STAGED]), 0
+            filling = asyncio.create_task(asyncio.to_thread(buffer.fill, weights))
+            try:
+                if staged == UNSTAGED:
+                    await filling
+                ahead = staged != UNSTAGED and self._busy
+                if ahead:
+                    await llm.start_weight_update()
+                    while buffer.mark[STAGED] == staged:
+                        await asyncio.sleep(STAGED_POLL)
+                await self._change(version, ahead)
+            finally:
+                await filling
+
+    async def _change(self, version: Version, ahead: bool) -> None:
+        """ahead: the update has been started."""
+        llm = self.process.llm
+        async with self.updating:
+            if busy := self._busy:  # as llm.pause_generation does, without its sleep of 20 ms
+                await llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
+            first = [] if busy else [llm.reset_prefix_cache()]
+            await self._take(first if ahead else [*first, llm.start_weight_update()])
+            await llm.update_weight_version(label(version))
+            self.version, self.halted = version, False
+            if busy:
+                await llm.resume_generation()
 
     async def _take(self, first: list[Any]) -> None:
         """These calls, update and finish: each sent before the one before it is answered, since

@@ -48,6 +48,12 @@ class Piece(NamedTuple):
     stride: tuple[int, ...]
     offset: int
 
+    @property
+    def until(self) -> int:
+        """How much of the flat array it needs."""
+        steps = zip(self.source.shape, self.source.stride())
+        return int(self.source.storage_offset()) + sum((n - 1) * stride for n, stride in steps) + 1
+
     def place(self, storage: Tensor) -> Tensor:
         """Where it belongs, in a tensor that has the storage."""
         return storage.as_strided(self.size, self.stride, self.offset)
@@ -77,11 +83,16 @@ class Packing(NamedTuple):
 class Staging:
     """The way of one model's weights from the flat array into the engine.
 
-    load: has vLLM's loader copy the weights, views of `flat`, into the model. Raises CannotStage
-    where it does more than copying them, or where a layer multiplies by something else.
+    load: has vLLM's loader copy the weights, views of `flat`, into the model. arrived: waits until
+    so many numbers of `flat` are there. Raises CannotStage where the loader does more than copying
+    them, or where a layer multiplies by something else.
     """
 
-    def __init__(self, model: nn.Module, flat: Tensor, load: Callable[[], None]) -> None:
+    def __init__(
+        self, model: nn.Module, flat: Tensor, load: Callable[[], None],
+        arrived: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        self.arrived, self.count = arrived, flat.numel()
         layers = [layer for layer in model.modules() if hasattr(layer, "cpu_linear")]
         for layer in model.modules():
             if not isinstance(getattr(layer, "quant_method", None), PLAIN):
@@ -93,7 +104,7 @@ class Staging:
         self.packings = [
             Packing(layer, weight, copies.into(weight)) for layer, weight in zip(layers, weights)
         ]
-        self.packings.sort(key=lambda packing: -packing.weight.numel())  # the longest does not wait
+        self.packings.sort(key=_until)
         plain = [p.data for p in model.parameters() if p.numel()]
         places = [(piece.place(p), piece.source) for p in plain for piece in copies.into(p)]
         self.live, self.sources = [place for place, _ in places], [source for _, source in places]
@@ -103,13 +114,17 @@ class Staging:
         _keep_memory()
 
     def begin(self, then: Callable[[Any], None]) -> None:
-        """Pack what the flat array holds, in the thread; `then` is called there when that is done,
-        whether it succeeded or not. The array has to stay as it is until `swap`."""
+        """Pack what comes into the flat array, beside the caller; `then` is called when that is
+        done, whether it succeeded or not. The array has to stay as it is until `swap`."""
         self.packed = self.thread.submit(self._pack)
         self.packed.add_done_callback(then)
 
     def _pack(self) -> list[Any]:
-        return list(self.packers.map(Packing.pack, self.packings))
+        return list(self.packers.map(self._packed_when_there, self.packings))
+
+    def _packed_when_there(self, packing: Packing) -> Any:
+        self.arrived(_until(packing))
+        return packing.pack()
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -119,7 +134,12 @@ class Staging:
         for packing, new in zip(self.packings, fresh):
             old = handler(packing.layer)
             old.handler_tensor, new.handler_tensor = new.handler_tensor, old.handler_tensor
+        self.arrived(self.count)
         torch._foreach_copy_(self.live, self.sources)
+
+
+def _until(packing: Packing) -> int:
+    return max(piece.until for piece in packing.pieces)
 
 
 def handler(layer: Any) -> Any:

@@ -16,6 +16,7 @@ import pickle
 import select
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +33,13 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from actors.shared_memory import UNSTAGED, attach
+from actors.shared_memory import FILLED, STAGED, UNSTAGED, attach
 from actors.vllm_staging import CannotStage, Staging
 
 # It warns of a tied output layer at every update; `receive_weights` checks that nothing is missing.
 logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+
+FILLED_POLL = 0.0002  # seconds between looks at how far the buffer is filled
 
 
 @dataclass
@@ -51,14 +54,15 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Nothing: the buffer holds the weights when an update starts."""
+    """Nothing: the buffer holds the weights when an update starts, or is about to where they are
+    staged."""
 
 
 class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Takes the buffer's weights: on a CPU staged (`actors.vllm_staging`), where that can be; else
     loaded into the model by vLLM, layer by layer.
 
-    The buffer's mark says which: UNSTAGED, or the number of versions that have been made ready.
+    The buffer's mark STAGED says which: UNSTAGED, or how many versions have been made ready.
     Staging begins at the start of an update, while the engine may generate; the other way begins
     when it may not.
     """
@@ -73,7 +77,7 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         sizes = [torch.Size(shape).numel() for shape in init_info.shapes]
         array, self.mark = attach(init_info.path, sum(sizes))
         self.flat = flat = torch.from_numpy(array)
-        self.mark[0] = UNSTAGED
+        self.mark[STAGED] = UNSTAGED
         # Before any reload: vLLM's own parameters, tied ones once.
         self.parameters = {name for name, _ in self.model.named_parameters()}
         self.weights = [
@@ -97,11 +101,16 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         if not self.may_stage or self.device.type != "cpu" or self.parallel_config.world_size > 1:
             return
         with contextlib.suppress(CannotStage):
-            self.staging = Staging(self.model, self.flat, self._load)
-            self.mark[0] = 0
+            self.staging = Staging(self.model, self.flat, self._load, self._arrived)
+            self.mark[STAGED] = 0
 
     def _staged(self, _: Any) -> None:
-        self.mark[0] += 1
+        self.mark[STAGED] += 1
+
+    def _arrived(self, count: int) -> None:
+        """Wait until so many weights are in the buffer."""
+        while self.mark[FILLED] < count:
+            time.sleep(FILLED_POLL)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # Without the base class's torch.accelerator.synchronize(), which needs an accelerator.

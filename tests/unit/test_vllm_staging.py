@@ -64,7 +64,7 @@ def made() -> SimpleNamespace:
 def staged(made: SimpleNamespace) -> Any:
     from actors.vllm_staging import Staging
 
-    return Staging(made.model, made.flat, made.load)
+    return Staging(made.model, made.flat, made.load, lambda count: None)
 
 
 def begin(staging: Any) -> None:
@@ -107,6 +107,28 @@ def test_a_failure_in_the_thread_is_raised_at_the_swap_and_the_live_weights_stay
     with pytest.raises(ZeroDivisionError):
         staging.swap()
     assert all(torch.equal(live, old) for live, old in zip(outputs(made, x), before))
+
+
+@torch.no_grad()
+def test_weights_are_packed_as_they_come_and_none_before(made):
+    from actors.vllm_staging import Staging
+
+    x, asked, there, done = torch.randn(ROWS, WIDTH), [], threading.Event(), threading.Event()
+
+    def arrived(count: int) -> None:
+        asked.append(count)
+        assert there.wait(20.0)
+
+    staging = Staging(made.model, made.flat, made.load, arrived)
+    staging.begin(lambda _: done.set())
+    assert not done.wait(0.1)
+    made.flat.normal_()
+    there.set()
+    assert done.wait(20.0)
+    staging.swap()
+    for live, new in zip(outputs(made, x), made.expected(x)):
+        torch.testing.assert_close(live, new, atol=1e-4, rtol=1e-4)
+    assert sorted(asked)[0] == OUT * WIDTH and asked[-1] == made.flat.numel()
 
 
 def computed(made: SimpleNamespace) -> None:
