@@ -7,6 +7,7 @@ every engine step, and changes the label only while the scheduler is paused.
 """
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -84,6 +85,11 @@ class VllmEngine:
                     while buffer.mark[STAGED] == staged:
                         await asyncio.sleep(STAGED_POLL)
                 await self._change(version, ahead)
+            except BaseException:
+                with contextlib.suppress(Exception):  # else the next would find this one's staged
+                    seconds = self.config.limits.transfer_seconds
+                    await asyncio.wait_for(llm.finish_weight_update(), seconds)
+                raise
             finally:
                 await filling
 
@@ -101,8 +107,8 @@ class VllmEngine:
                 await llm.resume_generation()
 
     async def _take(self, first: list[Any]) -> None:
-        """These calls, update and finish: each sent before the one before it is answered, since
-        vLLM serves them in order, and one there and back costs milliseconds."""
+        """These calls, update and finish: each sent before another is answered, since vLLM serves
+        them one after the other, and one there and back costs milliseconds."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         llm = self.process.llm

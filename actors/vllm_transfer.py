@@ -17,6 +17,7 @@ import select
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +85,7 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
             (name, piece.view(shape))
             for name, piece, shape in zip(init_info.names, flat.split(sizes), init_info.shapes)
         ]
-        end_with(init_info.owner)
+        end_with(init_info.owner, self._let_go)
 
     def start_weight_update(self) -> None:
         if not self.planned:
@@ -112,6 +113,10 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
         while self.mark[FILLED] < count:
             time.sleep(FILLED_POLL)
 
+    def _let_go(self) -> None:
+        """Nobody writes any more: have nothing wait for it, so that this process can end."""
+        self.mark[FILLED] = self.flat.numel()
+
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # Without the base class's torch.accelerator.synchronize(), which needs an accelerator.
         self.receive_weights(self.parse_update_info(update_info))
@@ -131,6 +136,7 @@ class SharedMemoryTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def finish_weight_update(self) -> None:
         if self.staging is not None:
+            self.staging.packed = None  # of an update that was given up
             return
         self._finalize()
         for module in self.model.modules():
@@ -247,7 +253,7 @@ class WorkerExtension:
     """Named as vLLM's `worker_extension_cls`, so that its worker imports this module."""
 
 
-def end_with(owner: int) -> None:
+def end_with(owner: int, before: Callable[[], None]) -> None:
     """End vLLM's engine process when `owner` has died, also where nobody could tell it to.
 
     The worker that runs this follows its engine process by vLLM's own pipe.
@@ -259,6 +265,7 @@ def end_with(owner: int) -> None:
 
     def watch() -> None:
         select.select([watched], [], [])
+        before()
         os.kill(os.getppid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="owner-watch", daemon=True).start()

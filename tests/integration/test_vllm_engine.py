@@ -222,6 +222,29 @@ def test_every_token_has_the_version_that_its_text_shows(engine, model, prompt):
         assert (np.diff(stored(block, "step_K", n)) >= 0).all()
 
 
+def test_an_update_given_up_before_the_pause_leaves_nothing_to_the_next(engine, model, monkeypatch):
+    engine.config.rollout.max_tokens, engine.config.rollout.responses_per_prompt = 100, 8
+    engine.load(weights(model, 1), Version(0, 1))
+    core = engine.llm.engine_core
+
+    async def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no pause")
+
+    asked = requests(*[[3, 1, 4] * 15] * 8)
+    thread = threading.Thread(target=lambda: engine.generate(asked, "rollout"))
+    thread.start()
+    while not engine._running:
+        time.sleep(0.001)
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="no pause"):
+        broken.setattr(core, "pause_scheduler_async", fails)
+        engine.load(weights(model, 2), Version(0, 2))
+    thread.join(60.0)
+    assert engine.version == Version(0, 1) and not engine._running
+    engine.load(weights(model, 3), Version(0, 3))
+    text_NT = probe_text(engine, model)
+    assert np.abs(engine.score(text_NT) - scores(model, text_NT)).max() <= TOLERANCE
+
+
 def test_tokens_after_an_update_see_nothing_of_the_old_weights(engine, model):
     """Caches are computed anew: each token's log-probability is its version's, of all the text."""
     engine.config.rollout.max_tokens, engine.config.rollout.responses_per_prompt = 100, 4

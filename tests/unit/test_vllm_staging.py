@@ -1,9 +1,11 @@
 """Weights made ready beside the live ones, over vLLM's real oneDNN layers in this process."""
 
+import subprocess
 import threading
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -129,6 +131,23 @@ def test_weights_are_packed_as_they_come_and_none_before(made):
     for live, new in zip(outputs(made, x), made.expected(x)):
         torch.testing.assert_close(live, new, atol=1e-4, rtol=1e-4)
     assert sorted(asked)[0] == OUT * WIDTH and asked[-1] == made.flat.numel()
+
+
+def test_a_worker_whose_owner_is_gone_waits_for_no_more_weights(monkeypatch):
+    from actors import vllm_transfer
+
+    ended = threading.Event()
+    monkeypatch.setattr(vllm_transfer.os, "kill", lambda pid, number: ended.set())
+    worker = object.__new__(vllm_transfer.SharedMemoryTransfer)
+    worker.flat, worker.mark = torch.zeros(8), np.zeros(2, dtype=np.int64)
+    waiting = threading.Thread(target=worker._arrived, args=(8,), daemon=True)
+    waiting.start()
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as owner:
+        vllm_transfer.end_with(owner.pid, worker._let_go)
+        waiting.join(0.1)
+        assert waiting.is_alive() and not ended.is_set()
+    waiting.join(20.0)
+    assert not waiting.is_alive() and ended.wait(20.0)
 
 
 def computed(made: SimpleNamespace) -> None:
