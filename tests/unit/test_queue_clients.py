@@ -53,8 +53,10 @@ def played(tmp_path, monkeypatch):
                 derived = {"reference_logp_K": np.zeros(len(batch.block.token_K))}
                 rank.commit(batch, True, derived, made)
             rank.settle()
-            lease = actor.lease(0)
-            taken.append((lease.version.step, lease.weights[0]))
+            for _ in range(2):  # the first may have been asked for with a put before that commit
+                lease = actor.lease(0)
+                taken.append((lease.version.step, lease.weights[0]))
+                actor.put(lease, answer(lease, 2))
             actor.wire.close()
             rank.wire.close()
             return taken
@@ -67,7 +69,7 @@ def played(tmp_path, monkeypatch):
 def test_small_weights_go_with_what_is_said_of_them_and_ray_is_not_asked(played):
     weights = [np.arange(5, dtype=np.float32) + step for step in range(3)]
     taken, asked = played(weights)
-    assert {step for step, _ in taken} >= {0, 1}
+    assert {step for step, _ in taken} >= {0, 2}
     for step, found in taken:
         np.testing.assert_array_equal(found, weights[step])
     assert asked == ["publish"]  # the first, before there is a batch
