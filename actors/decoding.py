@@ -7,6 +7,7 @@ equal to the bit where this was written. All let go of rows that have ended.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -82,12 +83,12 @@ class Transformers:
 
 
 class _Cached(ABC):
-    """Keys and values of all layers, [N, H, T, D] each, in memory that is taken once."""
+    """Keys and values of all layers, [N, H, 2, T, D] each, in memory that is taken once."""
 
     def __init__(self, model: PreTrainedModel, mask_NP: Tensor, tokens: int) -> None:
         shape, (rows, width) = model.config, mask_NP.shape
         heads, layers = shape.num_attention_heads, shape.num_hidden_layers
-        size = (layers, 2, rows, heads, width + tokens, shape.hidden_size // heads)
+        size = (layers, rows, heads, 2, width + tokens, shape.hidden_size // heads)
         self.heads, self.seen = heads, 0
         self.cache = torch.empty(size, dtype=model.dtype, device=model.device)
         self.mask_NT: Tensor | None = None
@@ -96,7 +97,7 @@ class _Cached(ABC):
         self.output: Tensor = model.get_output_embeddings().weight
 
     def keep(self, row_R: Tensor) -> None:
-        self.cache = self.cache[:, :, row_R]
+        self.cache = self.cache[:, row_R]
         if self.mask_NT is not None:
             self.mask_NT = self.mask_NT[row_R]
 
@@ -106,7 +107,7 @@ class _Cached(ABC):
         allowed = self._allowed(width)
         hidden_NPE = self._hidden(token_NP, place_NP, allowed)
         self.seen += width
-        return functional.linear(hidden_NPE[:, -1:], self.output)[:, -1]
+        return functional.linear(hidden_NPE[:, -1], self.output)
 
     def whole(self, token_NT: Tensor) -> Tensor:
         """Logits after each token of texts without padding, [N, T, V]; instead of `logits`."""
@@ -133,19 +134,18 @@ class _Cached(ABC):
         return (key_N11T & causal_PT) | (causal_PT & own_PT.triu(self.seen))
 
     def _attend(
-        self, layer: int, q_NHPD: Tensor, k_NHPD: Tensor, v_NHPD: Tensor,
-        allowed: Tensor | None, scale: float,
-    ) -> Tensor:  # fmt: skip
-        """Attention over the cache and these tokens, which join it, [N, P, E]."""
+        self, layer: int, q_NHPD: Tensor, both_NH2PD: Tensor, allowed: Tensor | None, scale: float
+    ) -> Tensor:
+        """Attention over the cache and these tokens' keys and values, which join it, [N·P, E]."""
         rows, _, width, _ = q_NHPD.shape
         until = self.seen + width
-        key_NHTD, value_NHTD = self.cache[layer, :, :, :, :until]
-        key_NHTD[:, :, self.seen :], value_NHTD[:, :, self.seen :] = k_NHPD, v_NHPD
+        cache_NH2TD = self.cache[layer, :, :, :, :until]
+        cache_NH2TD[:, :, :, self.seen :] = both_NH2PD
         out_NHPD = functional.scaled_dot_product_attention(
-            q_NHPD, key_NHTD, value_NHTD, attn_mask=allowed,
+            q_NHPD, cache_NH2TD[:, :, 0], cache_NH2TD[:, :, 1], attn_mask=allowed,
             is_causal=allowed is None and width > 1, scale=scale,
         )  # fmt: skip
-        return out_NHPD.transpose(1, 2).reshape(rows, width, -1)
+        return out_NHPD.transpose(1, 2).reshape(rows * width, -1)
 
 
 class Gpt2(_Cached):
@@ -153,22 +153,30 @@ class Gpt2(_Cached):
 
     def __init__(self, model: GPT2LMHeadModel, mask_NP: Tensor, tokens: int) -> None:
         super().__init__(model, mask_NP, tokens)
-        self.network: Any = model.transformer
+        net: Any = model.transformer
+        self.token_VE, self.place_TE = net.wte.weight, net.wpe.weight
+        self.last = _norm(net.ln_f)
+        self.layers = [
+            (
+                _norm(block.ln_1), _conv1d(block.attn.c_attn), _conv1d(block.attn.c_proj),
+                _norm(block.ln_2), _conv1d(block.mlp.c_fc), _conv1d(block.mlp.c_proj),
+                block.mlp.act, block.attn.scaling,
+            )
+            for block in net.h
+        ]  # fmt: skip
 
     def _hidden(self, token_NP: Tensor, place_NP: Tensor, allowed: Tensor | None) -> Tensor:
-        net = self.network
         split = (*token_NP.shape, 3, self.heads, -1)
-        x_NPE = functional.embedding(token_NP, net.wte.weight)
-        x_NPE = x_NPE + functional.embedding(place_NP, net.wpe.weight)
-        for number, block in enumerate(net.h):
-            attention, mlp = block.attn, block.mlp
-            qkv = _conv1d(_norm(x_NPE, block.ln_1), attention.c_attn).view(split)
-            q_NHPD, k_NHPD, v_NHPD = (qkv[:, :, part].transpose(1, 2) for part in range(3))
-            seen_NPE = self._attend(number, q_NHPD, k_NHPD, v_NHPD, allowed, attention.scaling)
-            x_NPE = _conv1d(seen_NPE, attention.c_proj).add_(x_NPE)
-            inner = mlp.act(_conv1d(_norm(x_NPE, block.ln_2), mlp.c_fc))
-            x_NPE = _conv1d(inner, mlp.c_proj).add_(x_NPE)
-        return _norm(x_NPE, net.ln_f)
+        x_RE = functional.embedding(token_NP.flatten(), self.token_VE)
+        x_RE = x_RE + functional.embedding(place_NP.flatten(), self.place_TE)
+        for number, layer in enumerate(self.layers):
+            norm, attention, dense, next_norm, widen, narrow, act, scale = layer
+            qkv_NP3HD = attention(norm(x_RE)).view(split)
+            q_NHPD = qkv_NP3HD[:, :, 0].transpose(1, 2)
+            both_NH2PD = qkv_NP3HD[:, :, 1:].permute(0, 3, 2, 1, 4)
+            x_RE = dense(self._attend(number, q_NHPD, both_NH2PD, allowed, scale)).add_(x_RE)
+            x_RE = narrow(act(widen(next_norm(x_RE)))).add_(x_RE)
+        return self.last(x_RE).view(*token_NP.shape, -1)
 
 
 class GptNeoX(_Cached):
@@ -176,31 +184,39 @@ class GptNeoX(_Cached):
 
     def __init__(self, model: GPTNeoXForCausalLM, mask_NP: Tensor, tokens: int) -> None:
         super().__init__(model, mask_NP, tokens)
-        self.network: Any = model.gpt_neox
+        net: Any = model.gpt_neox
+        self.token_VE = net.embed_in.weight
         place_1T = torch.arange(mask_NP.shape[1] + tokens, device=model.device)[None]
-        cos_1TD, sin_1TD = self.network.rotary_emb(self.output, place_1T)
-        self.cos_TD, self.sin_TD = cos_1TD[0], sin_1TD[0]
+        cos_1TR, sin_1TR = net.rotary_emb(self.output, place_1T)
+        self.cos_TR, self.sin_TR = cos_1TR[0], sin_1TR[0].clone()
+        self.sin_TR[:, : self.sin_TR.shape[1] // 2].neg_()
+        self.beside: bool = model.config.use_parallel_residual
+        self.last = _norm(net.final_layer_norm)
+        self.layers = [
+            (
+                _norm(block.input_layernorm), _linear(block.attention.query_key_value),
+                _linear(block.attention.dense), _norm(block.post_attention_layernorm),
+                _linear(block.mlp.dense_h_to_4h), _linear(block.mlp.dense_4h_to_h),
+                block.mlp.act, block.attention.scaling,
+            )
+            for block in net.layers
+        ]  # fmt: skip
 
     def _hidden(self, token_NP: Tensor, place_NP: Tensor, allowed: Tensor | None) -> Tensor:
-        net = self.network
-        split = (*token_NP.shape, self.heads, -1)
-        turn = self.cos_TD[place_NP][:, None], self.sin_TD[place_NP][:, None]
-        x_NPE = functional.embedding(token_NP, net.embed_in.weight)
-        for number, layer in enumerate(net.layers):
-            attention, mlp = layer.attention, layer.mlp
-            qkv = _linear(_norm(x_NPE, layer.input_layernorm), attention.query_key_value)
-            q_NHPD, k_NHPD, v_NHPD = qkv.view(split).transpose(1, 2).chunk(3, -1)
-            q_NHPD, k_NHPD = _rotated(q_NHPD, *turn), _rotated(k_NHPD, *turn)
-            seen_NPE = self._attend(number, q_NHPD, k_NHPD, v_NHPD, allowed, attention.scaling)
-            seen_NPE = _linear(seen_NPE, attention.dense)
-            beside = layer.use_parallel_residual
-            before_NPE = x_NPE if beside else seen_NPE + x_NPE
-            inner = mlp.act(
-                _linear(_norm(before_NPE, layer.post_attention_layernorm), mlp.dense_h_to_4h)
-            )
-            out_NPE = _linear(inner, mlp.dense_4h_to_h)
-            x_NPE = out_NPE + seen_NPE + x_NPE if beside else out_NPE + before_NPE
-        return _norm(x_NPE, net.final_layer_norm)
+        split = (*token_NP.shape, self.heads, 3, -1)
+        cos, sin = self.cos_TR[place_NP][:, :, None, None], self.sin_TR[place_NP][:, :, None, None]
+        x_RE = functional.embedding(token_NP.flatten(), self.token_VE)
+        for number, layer in enumerate(self.layers):
+            norm, attention, dense, next_norm, widen, narrow, act, scale = layer
+            qkv_NPH3D = attention(norm(x_RE)).view(split)
+            _turn(qkv_NPH3D[:, :, :, :2, : cos.shape[-1]], cos, sin)
+            q_NHPD = qkv_NPH3D[:, :, :, 0].transpose(1, 2)
+            both_NH2PD = qkv_NPH3D[:, :, :, 1:].permute(0, 2, 3, 1, 4)
+            seen_RE = dense(self._attend(number, q_NHPD, both_NH2PD, allowed, scale))
+            before_RE = x_RE if self.beside else seen_RE + x_RE
+            out_RE = narrow(act(widen(next_norm(before_RE))))
+            x_RE = out_RE.add_(seen_RE).add_(x_RE) if self.beside else out_RE.add_(before_RE)
+        return self.last(x_RE).view(*token_NP.shape, -1)
 
 
 def _plain_rotary(model: GPTNeoXForCausalLM) -> bool:
@@ -208,24 +224,30 @@ def _plain_rotary(model: GPTNeoXForCausalLM) -> bool:
     return model.gpt_neox.rotary_emb.rope_type in ("default", "linear")
 
 
-def _rotated(x_NHPD: Tensor, cos_N1PR: Tensor, sin_N1PR: Tensor) -> Tensor:
-    """The first R numbers of each head turned by its position (Su et al., arXiv 2104.09864)."""
-    turned = cos_N1PR.shape[-1]
-    x_NHPR, rest = x_NHPD[..., :turned], x_NHPD[..., turned:]
-    half = torch.cat((-x_NHPR[..., turned // 2 :], x_NHPR[..., : turned // 2]), -1)
-    return torch.cat((x_NHPR * cos_N1PR + half * sin_N1PR, rest), -1)
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Turn queries and keys by their positions, in place (Su et al., arXiv 2104.09864).
+
+    x: [N, P, H, 2, R], the numbers of each head that turn. cos, sin: [N, P, 1, 1, R], sin of the
+    first half negative.
+    """
+    x.copy_(x * cos + x.roll(x.shape[-1] // 2, -1) * sin)
 
 
-def _norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
-    return functional.layer_norm(x, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+def _norm(layer: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    shape, weight, bias, eps = layer.normalized_shape, layer.weight, layer.bias, layer.eps
+    return lambda x: functional.layer_norm(x, shape, weight, bias, eps)
 
 
-def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    return functional.linear(x, layer.weight, layer.bias)
+def _linear(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    return _affine(layer.weight.t(), layer.bias)
 
 
-def _conv1d(x_NPE: Tensor, layer: Any) -> Tensor:
+def _conv1d(layer: Any) -> Callable[[Tensor], Tensor]:
     """transformers' Conv1D: a linear layer with its weight the other way round."""
-    rows, width, inputs = x_NPE.shape
-    flat = torch.addmm(layer.bias, x_NPE.reshape(-1, inputs), layer.weight)
-    return flat.view(rows, width, -1)
+    return _affine(layer.weight, layer.bias)
+
+
+def _affine(weight_IO: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    if bias is None:
+        return lambda x: x.mm(weight_IO)
+    return lambda x: torch.addmm(bias, x, weight_IO)

@@ -92,15 +92,16 @@ class TorchEngine:
         token_NL = np.zeros((len(position_N), longest), dtype=np.int32)
         logp_NL = np.zeros((len(position_N), longest), dtype=np.float32)
         length_N, row_R = np.full(len(position_N), longest), np.arange(len(position_N))
+        uniform_NL = uniforms(key, position_N[:, None], member_N[:, None], np.arange(longest))
         decoding = start(self.model, mask_NP, longest)
         for t in range(longest):
             logit_RV = decoding.logits(input_RP, place_RP).float()
-            logp_RV = (logit_RV / self.config.rollout.temperature).log_softmax(-1)
-            uniform_R = uniforms(key, position_N[row_R], member_N[row_R], t)
-            input_RP, place_RP = inverse_cdf(logp_RV, uniform_R)[:, None], place_R1 + t
+            logp_RV = logit_RV.div_(self.config.rollout.temperature).log_softmax(-1)
+            input_RP = inverse_cdf(logp_RV, uniform_NL[row_R, t])[:, None]
+            place_RP = place_R1 + t
             token_NL[row_R, t] = input_RP[:, 0].cpu().numpy()
             logp_NL[row_R, t] = logp_RV.gather(1, input_RP)[:, 0].cpu().numpy()
-            ended_R = row_R[np.isin(token_NL[row_R, t], self.end_tokens)]
+            ended_R = row_R[(token_NL[row_R, t, None] == self.end_tokens).any(1)]
             length_N[ended_R] = np.minimum(length_N[ended_R], t + 1)
             running_R = length_N[row_R] > t + 1
             if not running_R.any():
@@ -125,6 +126,6 @@ class TorchEngine:
 
 def inverse_cdf(logp_NV: Tensor, uniform_N: np.ndarray) -> Tensor:
     """The token at which each row's cumulated probability passes its uniform number, [N] int64."""
-    cdf_NV = logp_NV.double().exp().cumsum(-1)
+    cdf_NV = logp_NV.double().exp_().cumsum_(-1)
     target_N1 = torch.from_numpy(uniform_N).to(cdf_NV.device)[:, None] * cdf_NV[:, -1:]
     return torch.searchsorted(cdf_NV, target_N1)[:, 0].clamp_max(logp_NV.shape[1] - 1)
