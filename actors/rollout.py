@@ -8,6 +8,7 @@ G groups, C members each, N = G·C rollouts, K response tokens in all, P prompt 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pickle import PickleBuffer
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ class Rollouts:
         return sum([getattr(self, name).nbytes for name in _ARRAYS])
 
     def ids(self) -> list[GroupId]:
-        return [GroupId(int(p), int(i)) for p, i in zip(self.position_G, self.incarnation_G)]
+        return list(map(GroupId, self.position_G.tolist(), self.incarnation_G.tolist()))
 
     def prompt(self, group: int) -> np.ndarray:
         """Token ids of a group's prompt."""
@@ -91,12 +92,13 @@ class Rollouts:
 
     def oldest_step_N(self) -> np.ndarray:
         """Step of each rollout's oldest token, [N] int64; OFFLINE_STEP where there is none."""
-        length_N = self.length_N
-        oldest_N = np.full(len(length_N), OFFLINE_STEP, dtype=np.int64)
-        some_N = length_N > 0  # the others take no tokens, and so are no gap between these
+        start_N = self.offset_N1[:-1]
+        some_N = start_N < self.offset_N1[1:]  # the others take no tokens, so are no gap between
+        if some_N.all():
+            return np.minimum.reduceat(self.step_K, start_N).astype(np.int64)
+        oldest_N = np.full(len(start_N), OFFLINE_STEP, dtype=np.int64)
         if some_N.any():
-            starts = self.offset_N1[:-1][some_N]
-            oldest_N[some_N] = np.minimum.reduceat(self.step_K, starts)
+            oldest_N[some_N] = np.minimum.reduceat(self.step_K, start_N[some_N])
         return oldest_N
 
     def scored(self, rollouts: np.ndarray, reward: np.ndarray, identity: str) -> None:
@@ -128,7 +130,7 @@ class Rollouts:
         if protocol < 5 or not plain or self.nbytes > _ONE_BUFFER:
             return super().__reduce_ex__(protocol)
         arrays = [np.ascontiguousarray(rest.pop(name)) for name in _ARRAYS]
-        form = tuple((array.dtype.str, len(array)) for array in arrays)
+        form = tuple([(array.dtype.str, len(array)) for array in arrays])
         return _unpacked, (form, PickleBuffer(b"".join([a.data for a in arrays])), rest)
 
     def select(self, start: int, stop: int) -> "Rollouts":
@@ -157,6 +159,7 @@ _ARRAYS = (  # the widest items first, so that each is aligned in the one buffer
     "incarnation_G", "prompt_P", "token_K", "logp_K", "step_K", "reward_N",
     "lineage_K", "status_N", "truncated_N", "label_N", "scorer_N",
 )  # fmt: skip
+_dtype = cache(np.dtype)  # by what a column says of itself: to read that costs as much as the rest
 
 
 def _unpacked(
@@ -164,9 +167,10 @@ def _unpacked(
 ) -> Rollouts:  # fmt: skip
     """A block again, of views of the one buffer that `__reduce_ex__` made."""
     start = 0
-    for name, (dtype, count) in zip(_ARRAYS, form):
-        rest[name] = column = np.ndarray((count,), dtype, buffer, start)
-        start += column.nbytes
+    for name, (code, count) in zip(_ARRAYS, form):
+        dtype = _dtype(code)
+        rest[name] = np.ndarray((count,), dtype, buffer, start)
+        start += count * dtype.itemsize
     return Rollouts(**rest)
 
 
