@@ -126,6 +126,6 @@ class TorchEngine:
 
 def inverse_cdf(logp_NV: Tensor, uniform_N: np.ndarray) -> Tensor:
     """The token at which each row's cumulated probability passes its uniform number, [N] int64."""
-    cdf_NV = logp_NV.double().exp_().cumsum_(-1)
+    cdf_NV = logp_NV.to(torch.float64, copy=True).exp_().cumsum_(-1)
     target_N1 = torch.from_numpy(uniform_N).to(cdf_NV.device)[:, None] * cdf_NV[:, -1:]
     return torch.searchsorted(cdf_NV, target_N1)[:, 0].clamp_max(logp_NV.shape[1] - 1)

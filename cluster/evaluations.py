@@ -1,7 +1,7 @@
 """The evaluator as the driver sees it: asked for versions, brought back when it dies."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -24,7 +24,6 @@ class _Asked:
     version: Version
     number: int
     weights: list[Any]
-    since: float = field(default_factory=time.monotonic)
 
 
 class Evaluations:
@@ -70,6 +69,8 @@ class Evaluations:
         self.asked += 1
 
     def _ask(self, asked: _Asked) -> None:
+        if not self._calls and self._started is None:
+            self._since = time.monotonic()
         weights = asked.weights[0]
         call = self.evaluator.call.remote("evaluate", asked.version, weights, asked.number)
         self._calls[call] = asked
@@ -90,7 +91,8 @@ class Evaluations:
                     self._restart(reason(cause))
                 return taken
             taken.append((self._calls.pop(call).version.step, result))
-        if late and (why := self._hangs(late)):
+            self._since = time.monotonic()
+        if late and (why := self._hangs()):
             self._restart(why)
         return taken
 
@@ -102,20 +104,17 @@ class Evaluations:
             except ray.exceptions.RayError as error:
                 self._unfit = error
                 return False
-            self._started = None
-            for asked in self._calls.values():
-                asked.since = time.monotonic()
+            self._started, self._since = None, time.monotonic()
         return self._started is None
 
-    def _hangs(self, late: list[Any]) -> str:
-        """What took too long, if anything. An evaluation's clock runs once the evaluator is up."""
-        now, limits = time.monotonic(), self.config.limits
+    def _hangs(self) -> str:
+        """What took too long, if anything, of coming up and then of each evaluation in its turn."""
+        limits, spent = self.config.limits, time.monotonic() - self._since
         if not self._up():
             limit = limits.startup_seconds
-            return f"not up in {limit:g} s" if now - self._since > limit else ""
-        limit = limits.step_seconds
-        over = any(now - self._calls[call].since > limit for call in late)
-        return f"no evaluation for {limit:g} s" if over else ""
+            return f"not up in {limit:g} s" if spent > limit else ""
+        limit, spent = limits.step_seconds, time.monotonic() - self._since
+        return f"no evaluation for {limit:g} s" if spent > limit else ""
 
     def _restart(self, why: str) -> None:
         time.sleep(self.restarts.count(why))
@@ -141,20 +140,21 @@ class Evaluations:
             self._anew()  # what it was to begin with is gone
 
     def wait(self, seconds: float) -> list[tuple[int, dict[str, Any]]]:
-        """All that are under way, within so many seconds once the evaluator is up.
+        """All that are under way, each within so many seconds once the evaluator is up.
 
         TimeoutError names the step that is missing; RuntimeError: its weights are lost.
         """
         deadline = time.monotonic() + seconds
         taken: list[tuple[int, dict[str, Any]]] = []
         while True:
-            taken += self.take()
+            found = self.take()
+            taken += found
             if not self._calls:
                 return taken
             step = min(asked.version.step for asked in self._calls.values())
             if self._orphan:
                 raise RuntimeError(f"step {step} cannot be evaluated: {self._orphan}")
-            if not self._up():
+            if found or not self._up():
                 deadline = time.monotonic() + seconds  # `_hangs` has a limit of its own on that
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no evaluation of step {step} in {seconds:.0f} s")

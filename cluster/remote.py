@@ -11,7 +11,8 @@ import ray
 class Host:
     """A process with one object in it; `call` calls its methods.
 
-    nice: by how much its priority is below that of a run's other processes.
+    nice: by how much its priority is below that of a run's other processes, for this thread and
+    those that it starts.
     """
 
     def __init__(self, target: str, *arguments: Any, nice: int = 0) -> None:

@@ -23,9 +23,13 @@ class Learner:
 
 @ray.remote(num_cpus=0)
 class SlowEvaluator:
-    """Takes a second to come up, as imports do, then adds π_ref's weight and a version's."""
+    """Takes a second to come up, as imports do, then adds π_ref's weight and a version's.
 
-    def __init__(self) -> None:
+    seconds: that each evaluation takes.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
         time.sleep(1.0)
 
     def call(self, name: str, *arguments: Any) -> Any:
@@ -35,26 +39,27 @@ class SlowEvaluator:
         self.reference = reference
 
     def evaluate(self, version: Version, weights: np.ndarray, number: int) -> dict[str, float]:
+        time.sleep(self.seconds)
         return {"reward_eval": float(self.reference[0] + weights[0])}
 
 
 class OneKind:
     """A crew of such evaluators."""
 
-    def __init__(self) -> None:
-        self.started = 0
+    def __init__(self, seconds: float) -> None:
+        self.started, self.seconds = 0, seconds
 
     def spawn(self, target: str, *arguments: Any, **options: Any) -> Any:
         self.started += 1
-        return SlowEvaluator.remote()
+        return SlowEvaluator.remote(self.seconds)
 
 
-def begun() -> tuple[Evaluations, OneKind, Any, Any]:
+def begun(*changes: str, seconds: float = 0.0) -> tuple[Evaluations, OneKind, Any, Any]:
     """Evaluations whose evaluator is starting, its crew, the learner, and a version's weights."""
     learner = Learner.remote()
     reference, weights = ray.get(learner.put.remote(1.0, 2.0))
-    config = settings("bandit", "limits.backoff_seconds=0.05")
-    crew: Any = OneKind()
+    config = settings("bandit", "limits.backoff_seconds=0.05", *changes)
+    crew: Any = OneKind(seconds)
     evaluations = Evaluations(config, crew, Placement(config, print))
     evaluations.start(None, reference)
     return evaluations, crew, learner, weights
@@ -92,4 +97,13 @@ def test_an_evaluator_that_dies_is_started_again_and_asked_the_same(ray_cluster)
     ray.kill(evaluations.evaluator)
     assert evaluations.wait(30) == [(3, {"reward_eval": 3.0})]
     assert evaluations.restarts.number == 1 and crew.started == 2
+    del learner  # it lives until here, and its weights with it
+
+
+def test_evaluations_that_queue_up_are_late_one_by_one_and_not_together(ray_cluster):
+    evaluations, crew, learner, weights = begun("limits.step_seconds=3", seconds=1.5)
+    for step in range(3):
+        evaluations.ask(Version(0, step), weights)
+    assert [step for step, _ in evaluations.wait(4)] == [0, 1, 2]
+    assert crew.started == 1 and evaluations.restarts.number == 0
     del learner  # it lives until here, and its weights with it

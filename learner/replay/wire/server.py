@@ -80,6 +80,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.deadline.cancel()
+        self.buffer, self.then = memoryview(b""), self.transport.abort  # no cycle keeps the last
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self.buffer[self.filled :]
