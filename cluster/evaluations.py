@@ -14,8 +14,6 @@ from cluster.restarts import Restarts, reason
 from configs.schema import Config
 from reward_server.rewards import describe
 
-NICE = 4  # below the other processes, which Ray has at 15: measuring can wait, updates cannot
-
 
 @dataclass
 class _Asked:
@@ -46,7 +44,7 @@ class Evaluations:
         resources = self.config.cluster
         self.evaluator = self.crew.spawn(
             "cluster.evaluate:Evaluator", self.config, self._gold,
-            nice=NICE, num_cpus=resources.evaluator_cpus, num_gpus=resources.evaluator_gpus,
+            num_cpus=resources.evaluator_cpus, num_gpus=resources.evaluator_gpus,
             **self.placement.options("evaluator"),
         )  # fmt: skip
         self._started: Any = None  # the call that gives it what it needs, until it is through

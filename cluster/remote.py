@@ -1,7 +1,6 @@
 """Ray actors whose code is imported where they run, so that the driver starts without torch."""
 
 import gc
-import os
 from importlib import import_module
 from typing import Any
 
@@ -9,14 +8,9 @@ import ray
 
 
 class Host:
-    """A process with one object in it; `call` calls its methods.
+    """A process with one object in it; `call` calls its methods."""
 
-    nice: by how much its priority is below that of a run's other processes, for this thread and
-    those that it starts.
-    """
-
-    def __init__(self, target: str, *arguments: Any, nice: int = 0) -> None:
-        os.nice(nice)
+    def __init__(self, target: str, *arguments: Any) -> None:
         module, name = target.split(":")
         gc.disable()  # what a module makes at its import stays: to look through it is for nothing
         self.kind = getattr(import_module(module), name)
@@ -48,11 +42,11 @@ class Host:
             self.failure = error
 
 
-def spawn(target: str, *arguments: Any, nice: int = 0, **options: Any) -> Any:
+def spawn(target: str, *arguments: Any, **options: Any) -> Any:
     """A Ray actor holding `module:Class` of these arguments; `.call.remote("method", …)`.
 
-    Ray's logs and the process's title have the class's name. nice: as for `Host`. options: those of
-    Ray's actors (num_cpus, num_gpus, …).
+    Ray's logs and the process's title have the class's name. options: those of Ray's actors
+    (num_cpus, num_gpus, …).
     """
     named = type(target.split(":")[1], (Host,), {})
-    return ray.remote(named).options(**options).remote(target, *arguments, nice=nice)
+    return ray.remote(named).options(**options).remote(target, *arguments)

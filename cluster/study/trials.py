@@ -61,8 +61,8 @@ class Trials:
     def _runner(self) -> Any:
         if self._free:
             return self._free.pop()
-        runner = "cluster.study.runner:TrialRunner"
-        return spawn(runner, num_cpus=0, scheduling_strategy="SPREAD")
+        options = {"num_cpus": 0, "scheduling_strategy": "SPREAD"}
+        return spawn("cluster.study.runner:TrialRunner", **options)
 
     def _outcome(self, trial: Trial, config: Config, call: Any, runner: Any) -> Outcome:
         failure = ""
