@@ -3,7 +3,8 @@
 transformers' own forward pass serves any network. For a token at a time its Python costs as much as
 the arithmetic of a small network, so the two architectures used most (GPT-2 and GPT-NeoX, the
 bandit's and Pythia's) are written out here, from the same weights and kernels: the logits were
-equal to the bit where this was written. All let go of rows that have ended.
+equal to the bit where this was written. All let go of rows that have ended. Networks are told apart
+by their classes' names: the bandit's actors do without transformers.
 """
 
 from abc import ABC, abstractmethod
@@ -13,12 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import (
-    DynamicCache,
-    GPT2LMHeadModel,
-    GPTNeoXForCausalLM,
-    PreTrainedModel,
-)
+
+GPT2 = ("GPT2LMHeadModel", "BanditNetwork")
 
 
 class Decoding(Protocol):
@@ -34,20 +31,22 @@ class Decoding(Protocol):
         """Go on with these rows only, in this order."""
 
 
-def start(model: PreTrainedModel, mask_NP: Tensor, tokens: int) -> Decoding:
+def start(model: Any, mask_NP: Tensor, tokens: int) -> Decoding:
     """For left-padded prompts and so many more tokens at most.
 
-    mask_NP: 1 where the prompts are no padding.
+    model: a causal language model of transformers, or an `actors.bandit_network`. mask_NP: 1 where
+    the prompts are no padding.
     """
-    if isinstance(model, GPT2LMHeadModel) and not model.config.add_cross_attention:
+    name = type(model).__name__
+    if name in GPT2 and not getattr(model.config, "add_cross_attention", False):
         return Gpt2(model, mask_NP, tokens)
-    if isinstance(model, GPTNeoXForCausalLM) and _plain_rotary(model):
+    if name == "GPTNeoXForCausalLM" and _plain_rotary(model):
         return GptNeoX(model, mask_NP, tokens)
     return Transformers(model, mask_NP)
 
 
 @torch.inference_mode()
-def text_logits(model: PreTrainedModel, token_NT: Tensor) -> Tensor:
+def text_logits(model: Any, token_NT: Tensor) -> Tensor:
     """Logits after each token of whole texts, [N, T, V], by the network that decodes."""
     decoding = start(model, torch.ones_like(token_NT), 0)
     if isinstance(decoding, _Cached):
@@ -59,7 +58,9 @@ def text_logits(model: PreTrainedModel, token_NT: Tensor) -> Tensor:
 class Transformers:
     """Any causal language model of transformers."""
 
-    def __init__(self, model: PreTrainedModel, mask_NP: Tensor) -> None:
+    def __init__(self, model: Any, mask_NP: Tensor) -> None:
+        from transformers import DynamicCache
+
         self.model = model
         self.cache = DynamicCache(config=model.config)
         self.mask_NT = None if bool(mask_NP.all()) else mask_NP
@@ -85,16 +86,16 @@ class Transformers:
 class _Cached(ABC):
     """Keys and values of all layers, [N, H, 2, T, D] each, in memory that is taken once."""
 
-    def __init__(self, model: PreTrainedModel, mask_NP: Tensor, tokens: int) -> None:
+    def __init__(self, model: Any, mask_NP: Tensor, tokens: int) -> None:
         shape, (rows, width) = model.config, mask_NP.shape
         heads, layers = shape.num_attention_heads, shape.num_hidden_layers
         size = (layers, rows, heads, 2, width + tokens, shape.hidden_size // heads)
         self.heads, self.seen = heads, 0
-        self.cache = torch.empty(size, dtype=model.dtype, device=model.device)
+        self.output: Tensor = model.get_output_embeddings().weight
+        self.cache = self.output.new_empty(size)
         self.mask_NT: Tensor | None = None
         if not bool(mask_NP.all()):
             self.mask_NT = functional.pad(mask_NP.bool(), (0, tokens), value=True)
-        self.output: Tensor = model.get_output_embeddings().weight
 
     def keep(self, row_R: Tensor) -> None:
         self.cache = self.cache[:, row_R]
@@ -151,9 +152,9 @@ class _Cached(ABC):
 class Gpt2(_Cached):
     """GPT-2: learned positions, one residual after the other."""
 
-    def __init__(self, model: GPT2LMHeadModel, mask_NP: Tensor, tokens: int) -> None:
+    def __init__(self, model: Any, mask_NP: Tensor, tokens: int) -> None:
         super().__init__(model, mask_NP, tokens)
-        net: Any = model.transformer
+        net = model.transformer
         self.token_VE, self.place_TE = net.wte.weight, net.wpe.weight
         self.last = _norm(net.ln_f)
         self.layers = [
@@ -182,11 +183,11 @@ class Gpt2(_Cached):
 class GptNeoX(_Cached):
     """GPT-NeoX: rotary positions on a part of each head; MLP beside attention, or after it."""
 
-    def __init__(self, model: GPTNeoXForCausalLM, mask_NP: Tensor, tokens: int) -> None:
+    def __init__(self, model: Any, mask_NP: Tensor, tokens: int) -> None:
         super().__init__(model, mask_NP, tokens)
-        net: Any = model.gpt_neox
+        net = model.gpt_neox
         self.token_VE = net.embed_in.weight
-        place_1T = torch.arange(mask_NP.shape[1] + tokens, device=model.device)[None]
+        place_1T = torch.arange(mask_NP.shape[1] + tokens, device=mask_NP.device)[None]
         cos_1TR, sin_1TR = net.rotary_emb(self.output, place_1T)
         self.cos_TR, self.sin_TR = cos_1TR[0], sin_1TR[0].clone()
         self.sin_TR[:, : self.sin_TR.shape[1] // 2].neg_()
@@ -219,7 +220,7 @@ class GptNeoX(_Cached):
         return self.last(x_RE).view(*token_NP.shape, -1)
 
 
-def _plain_rotary(model: GPTNeoXForCausalLM) -> bool:
+def _plain_rotary(model: Any) -> bool:
     """Whether positions alone say how to turn, and not the length of the text as well."""
     return model.gpt_neox.rotary_emb.rope_type in ("default", "linear")
 

@@ -1,28 +1,28 @@
 """The policy as a network: its architecture, its scores of a text, its weights as one flat array.
 
 Actors build the architecture only; every set of weights, the first one too, reaches them from the
-learner with its version. So π_ref and a value head never leave the learner.
+learner with its version. So π_ref and a value head never leave the learner. transformers is
+imported where it is needed: those who only sample the bandit do without it.
 """
+
+from __future__ import annotations
 
 import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GPT2Config,
-    PretrainedConfig,
-    PreTrainedModel,
-)
 
+from actors.bandit_network import BanditNetwork
 from configs.choices import Precision
 from configs.schema import BanditPolicyConfig, Config, PolicyConfig
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config, PretrainedConfig, PreTrainedModel
 
 DTYPES = {Precision.float32: torch.float32, Precision.bfloat16: torch.bfloat16}
 
@@ -35,6 +35,8 @@ def architecture(config: Config) -> PretrainedConfig:
     policy = config.policy
     if not policy.path:
         return bandit_architecture(policy.bandit, config.rollout.max_tokens)
+    from transformers import AutoConfig
+
     try:
         pinned(policy)
         return AutoConfig.from_pretrained(
@@ -55,9 +57,11 @@ def pinned(policy: PolicyConfig) -> None:
 
 def bandit_architecture(bandit: BanditPolicyConfig, max_tokens: int) -> GPT2Config:
     """GPT-nano (Appendix I): 3 layers, 3 heads, width 48, no dropout, no end token."""
+    from transformers import GPT2Config
+
     return GPT2Config(
         vocab_size=bandit.vocabulary,
-        n_positions=max(16, max_tokens + 1),
+        n_positions=bandit_positions(max_tokens),
         n_embd=bandit.width,
         n_layer=bandit.layers,
         n_head=bandit.heads,
@@ -71,13 +75,31 @@ def bandit_architecture(bandit: BanditPolicyConfig, max_tokens: int) -> GPT2Conf
     )
 
 
+def bandit_positions(max_tokens: int) -> int:
+    """The bandit's context, in tokens: its one-token prompt and a response."""
+    return max(16, max_tokens + 1)
+
+
+def to_sample(config: Config) -> Any:
+    """The policy's network for those who load weights and sample: of transformers, or the bandit's
+    own, which has the same parameters and logits."""
+    if config.policy.path:
+        return build(architecture(config), config.learner.precision).eval()
+    network = BanditNetwork(config.policy.bandit, bandit_positions(config.rollout.max_tokens))
+    return network.to(DTYPES[config.learner.precision]).eval()
+
+
 def build(shape: PretrainedConfig, precision: Precision = Precision.float32) -> PreTrainedModel:
     """A network of this architecture, its weights drawn at random."""
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_config(shape, dtype=DTYPES[precision])
 
 
 def load_pretrained(policy: PolicyConfig, path: str, precision: Precision) -> PreTrainedModel:
     """The network with the weights of a model directory (safetensors only, no remote code)."""
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(
         path,
         revision=policy.revision or None,
@@ -109,6 +131,8 @@ def context(config: Config, shape: PretrainedConfig) -> int:
 
 def layout(shape: PretrainedConfig) -> tuple[list[str], list[list[int]]]:
     """Names and shapes of the flat array's pieces, without making the network."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         named = list(AutoModelForCausalLM.from_config(shape).named_parameters())
     return [name for name, _ in named], [list(p.shape) for _, p in named]
@@ -116,6 +140,8 @@ def layout(shape: PretrainedConfig) -> tuple[list[str], list[list[int]]]:
 
 def write_architecture(shape: PretrainedConfig, directory: str) -> None:
     """Write config.json, with the name of the network's class in it."""
+    from transformers import AutoModelForCausalLM
+
     named = copy.deepcopy(shape)
     if not named.architectures:
         with torch.device("meta"):

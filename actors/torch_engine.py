@@ -31,10 +31,10 @@ class TorchEngine:
         torch.set_num_threads(config.cluster.threads)
         self.config = config
         self.version = NO_VERSION
-        shape = policy.architecture(config)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = policy.build(shape, config.learner.precision).eval()
+        self.model = policy.to_sample(config)
         nn.Module.to(self.model, self.device)
+        shape = self.model.config
         self.end_tokens = np.array(policy.end_tokens(shape), dtype=np.int64)
         self.longest_prompt = policy.context_limit(shape) - config.rollout.max_tokens
         self.vocabulary: int = shape.vocab_size
@@ -44,6 +44,8 @@ class TorchEngine:
         self.version = version
 
     def generate(self, requests: Sequence[Request], stream: str) -> Rollouts:
+        if self.version == NO_VERSION:
+            raise RuntimeError("no weights are loaded: what the network samples has no version")
         torch.set_num_threads(self.config.cluster.threads)  # counts for the thread that calls it
         members = self.config.rollout.responses_per_prompt
         refused = [does_not_fit(r, self.longest_prompt, self.vocabulary) for r in requests]

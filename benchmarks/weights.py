@@ -136,6 +136,7 @@ def generation(
                 actor, seconds = start("Receiver", config, what)
                 fleet.append(actor)
                 starts.append(seconds)
+                ray.get(actor.call.remote("take_own"))
                 ray.get(actor.call.remote("generate", SIZES[size].prompts))  # warm-up
             row = _generate(size, engine, fleet, settings.seconds)
             rows.append({**row, "start_seconds": starts[:actors]})

@@ -17,6 +17,7 @@ from actors import policy
 from actors.engine import Request
 from actors.prompts import Prompt
 from actors.rollout import GroupId, Version
+from actors.torch_engine import TorchEngine
 from cluster.rollout_worker import build_engine
 from configs.schema import Config
 
@@ -112,6 +113,12 @@ class Receiver(Part):
             return plain(outputs, *arguments, **options)
 
         processor.process_outputs = noted
+
+    def take_own(self) -> None:
+        """Have the torch engine call the weights that it was built with version 0: it samples
+        under none else. vLLM's answers before its first version are not refused."""
+        if isinstance(self.engine, TorchEngine):
+            self.engine.load(policy.flatten(self.engine.model), Version(0, 0))
 
     def update(self, weights: list[Any], step: int) -> dict[str, Any]:
         """Take published weights as this step's. Times `arrived`, `got` and `resumed`, from which

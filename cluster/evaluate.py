@@ -42,8 +42,7 @@ class Evaluator:
     def start(self, rewards: RewardClient, initial: np.ndarray) -> None:
         """Take the reward service and π_ref's weights."""
         self.rewards = rewards
-        shape = policy.architecture(self.config)
-        self.reference = policy.build(shape, self.config.learner.precision).eval()
+        self.reference = policy.to_sample(self.config)
         policy.unflatten(self.reference, initial)
         torch.nn.Module.to(self.reference, self.engine.device)
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from actors.actor import Lease, RolloutActor
-from actors.rollout import Rollouts
+from actors.rollout import OFFLINE_STEP, Rollouts, Version
 from actors.torch_engine import TorchEngine
 from cluster import inputs
+from configs.choices import DataSource
 from configs.load import prepare
 from configs.schema import Config
 from learner.engine import join
@@ -78,10 +79,17 @@ class Local:
         self._publish()
         prompts = inputs.prompts(config)
         self.actors = [
-            RolloutActor(i, TorchEngine(config), prompts, LocalQueue(self.queue),
+            RolloutActor(i, self._engine(), prompts, LocalQueue(self.queue),
                          LocalRewards(config), 10.0)
             for i in range(actors)
         ]  # fmt: skip
+
+    def _engine(self) -> TorchEngine:
+        """Offline it stays at π_ref, as whoever samples the data set of a run does."""
+        engine = TorchEngine(self.config)
+        if self.config.data.source is DataSource.offline:
+            engine.load(self.learner.weights(), Version(0, OFFLINE_STEP))
+        return engine
 
     def generate(self) -> None:
         """Let the actors, in turn, serve leases until none is admitted."""

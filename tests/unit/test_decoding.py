@@ -5,6 +5,7 @@ import torch
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedModel
 
 from actors import decoding, policy
+from configs.load import prepare
 
 SHAPES = {
     "gpt2": GPT2Config(
@@ -120,6 +121,20 @@ def test_whole_texts_have_the_logits_of_transformers(name: str) -> None:
     theirs = model(token_NT, use_cache=False).logits
     ours = decoding.text_logits(model, token_NT)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_the_bandits_own_network_is_transformers_with_the_same_flat_array() -> None:
+    config = prepare("bandit", ["rollout.max_tokens=20"])
+    shape = policy.bandit_architecture(config.policy.bandit, 20)
+    theirs, ours = policy.build(shape).eval(), policy.to_sample(config)
+    policy.unflatten(ours, policy.flatten(theirs))
+    laid_out = [(name, p.shape) for name, p in policy.named(theirs)]
+    assert [(name, p.shape) for name, p in policy.named(ours)] == laid_out
+    assert policy.context_limit(ours.config) == policy.context_limit(shape) == 21
+    token_NT = torch.randint(0, 100, (4, 11), generator=torch.Generator().manual_seed(1))
+    logits = theirs(token_NT, use_cache=False).logits
+    torch.testing.assert_close(ours(token_NT, use_cache=False).logits, logits, rtol=0, atol=1e-6)
 
 
 def test_other_architectures_go_through_transformers() -> None:

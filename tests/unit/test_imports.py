@@ -116,6 +116,19 @@ def a_rollout_actor(folder: Path) -> None:
     assert RolloutWorker(prepare("bandit", []), 0, "", str(folder)).ready()
 
 
+def an_evaluator(folder: Path) -> None:
+    """The bandit's, until π_ref's weights are in it."""
+    import numpy as np
+
+    from actors import policy
+    from cluster.evaluate import Evaluator
+    from configs.load import prepare
+
+    evaluator = Evaluator(prepare("bandit", []))
+    numbers = sum(p.numel() for p in policy.parameters(evaluator.engine.model))
+    evaluator.start(None, np.zeros(numbers, dtype=np.float32))
+
+
 def a_learner_rank(folder: Path) -> None:
     """The bandit's, what it imports before it is started."""
     from configs.load import prepare
@@ -149,8 +162,10 @@ def test_the_driver_asks_for_the_parts_before_it_imports_serve(tmp_path):
     assert not (HEAVY | SERVE) & imported(the_driver, tmp_path)
 
 
-def test_the_bandits_actor_imports_only_what_it_uses(tmp_path):
-    assert not (OTHERS | {"deepspeed"}) & imported(a_rollout_actor, tmp_path)
+@pytest.mark.parametrize("work", [a_rollout_actor, an_evaluator])
+def test_who_samples_the_bandit_imports_no_transformers(work, tmp_path):
+    others = OTHERS | {"deepspeed", "transformers", "torch._dynamo", "torch.distributed.tensor"}
+    assert not others & imported(work, tmp_path)
 
 
 def test_the_bandits_learner_imports_only_what_it_uses(tmp_path):

@@ -217,6 +217,11 @@ def test_sampled_frequencies_are_those_of_the_reference():
     assert (np.abs(seen - expected) < tolerance).all()
 
 
+def test_an_engine_without_weights_refuses_to_sample():
+    with pytest.raises(RuntimeError, match="no weights are loaded"):
+        TorchEngine(settings("bandit")).generate([], "rollout")
+
+
 def test_the_learning_rate_warms_up_and_decays():
     config = settings("bandit", "learner.schedule=linear", "learner.warmup=10").learner
     assert learning_rate(config, 0) == pytest.approx(config.lr / 10)
