@@ -202,7 +202,11 @@ class Bench:
         return list(rows.values())
 
     def _fill(self, queue: Any, count: int, row: dict[str, Any]) -> None:
-        """Have it hold about so many; notes what memory the first filling took, over its bytes."""
+        """Have it hold about so many; notes what memory the first filling took, over its bytes.
+
+        After that it is filled anew: it is to have held as many before, for the first touch of a
+        page costs a virtual machine more than all of the put, and a machine of one's own little.
+        """
         if abs(ray.get(queue.books.remote())["queued"] - count) <= count / 5:
             return
         before = ray.get(queue.process.remote())["bytes"]
@@ -210,6 +214,9 @@ class Bench:
         if "memory" not in row:
             used = ray.get(queue.process.remote())["bytes"] - before
             row["memory"] = used / (count * self._bytes())
+            more = count + self.own.turns * self.own.samples
+            ray.get(queue.begin.remote(more, self.own.tokens[0]))
+            ray.get(queue.begin.remote(count, self.own.tokens[0]))
 
     def _bytes(self) -> float:
         """Of a rollout's columns."""

@@ -37,6 +37,7 @@ class BenchQueue(QueueService, Measured):
     async def begin(self, rollouts: int, tokens: int) -> None:
         """An empty queue with so many rollouts put into it, by leases as they are issued."""
         self.queue = self._new()
+        gc.collect()  # the queue before is a cycle by `_timed`
         self.queue.lineages.kept = None
         self.queue.publish(Version(0, 0), ["weights"])
         while self.queue.ledger.queued < rollouts:

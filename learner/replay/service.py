@@ -7,9 +7,11 @@ idempotent.
 """
 
 import gc
+import inspect
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,8 @@ POLL_SECONDS = 5.0  # an actor's call for a lease comes back empty-handed after 
 GRACE_SECONDS = 30.0  # for whoever watches the run to stop it first
 COLLECT = 20_000, 50, 10  # of Python's collector, which finds no cycles in what is held
 
+Answer = Lease | str | Awaitable[Lease | str]  # a lease or a word, or where it has to be waited for
+
 
 def start(config: Config, journal: Path | None, fault_folder: Path) -> Any:
     """Start the queue's actor; returns its Ray handle. Ray restarts it, and repeats the calls that
@@ -52,11 +56,12 @@ class QueueService(Cuts):
 
     def __init__(self, settings: Settings) -> None:
         faults.install(*settings.faults)
+        _without_tracing(self)
         gc.set_threshold(*COLLECT)
         super().__init__(settings)
         self.fleet: set[int] | None = None  # the actors that there are; None: whoever asks
         self.server = Server({
-            "lease": self._leases(self.lease), "exchange": self._leases(self.exchange),
+            "lease": self._leases(self.ask), "exchange": self._leases(self.exchange),
             "get": self.get, "commit": self.commit,
         })  # fmt: skip
 
@@ -65,17 +70,25 @@ class QueueService(Cuts):
         return await self.server.address(ray.util.get_node_ip_address())
 
     @staticmethod
-    def _leases(call: Callable[..., Awaitable[Lease | str]]) -> Callable[..., Awaitable[Any]]:
+    def _leases(call: Callable[..., Answer]) -> Callable[..., Any]:
         """The call with its lease's weights left out, where the caller has them, or is to ask for
         them by `weights`. has: the version of the weights that the caller has."""
 
-        async def answer(has: Version | None, *arguments: Any) -> Lease | str:
-            found = await call(*arguments)
+        def light(has: Version | None, found: Lease | str) -> Lease | str:
             if not isinstance(found, Lease) or found.weights is None:
                 return found
             if plain(found.weights) and found.version != has:
                 return found
             return Lease(found.id, found.groups, found.version, WITHHELD)
+
+        async def later(has: Version | None, found: Awaitable[Lease | str]) -> Lease | str:
+            return light(has, await found)
+
+        def answer(has: Version | None, *arguments: Any) -> Answer:
+            found = call(*arguments)
+            if isinstance(found, Lease | str):
+                return light(has, found)
+            return later(has, found)
 
         return answer
 
@@ -87,14 +100,27 @@ class QueueService(Cuts):
         slot: which of the leases that the actor serves at once this will be. done: the last one
         that this slot handed in.
         """
+        found = self.ask(actor, slot, done)
+        return found if isinstance(found, Lease | str) else await found
+
+    def ask(self, actor: int, slot: int = 0, done: int | None = None) -> Answer:
+        """`lease`, answered at once where it can be."""
         started = self.stalls.called(actor, slot)
-        answer = await self._until(
-            lambda: self._over(actor) or self.queue.lease(actor, slot, done), POLL_SECONDS
-        )
-        self.stalls.answered(actor, slot, started)
-        if isinstance(answer, Lease):
-            self._note(recovery.leased(actor, slot, done))
-        return answer or "wait"
+
+        def look() -> Lease | str | None:
+            return self._over(actor) or self.queue.lease(actor, slot, done)
+
+        def answered(found: Lease | str | None) -> Lease | str:
+            self.stalls.answered(actor, slot, started)
+            if isinstance(found, Lease):
+                self._note(recovery.leased(actor, slot, done))
+            return found or "wait"
+
+        async def later() -> Lease | str:
+            return answered(await self._until(look, POLL_SECONDS))
+
+        found = look()
+        return answered(found) if found else later()
 
     async def weights(self, lease: int, version: Version) -> list[Any] | None:
         """What was published for a lease's version; None where the lease is not out under it."""
@@ -115,6 +141,11 @@ class QueueService(Cuts):
         return "over" if gone or self.closed or self.queue.finished else None
 
     async def put(self, lease: Lease, block: Rollouts, probed: float | None = None) -> None:
+        """See `ReplayQueue.put`, and `ReplayQueue.probed`."""
+        self.take(lease, block, probed)
+
+    def take(self, lease: Lease, block: Rollouts, probed: float | None) -> None:
+        """`put`, at once."""
         faults.hit("queue.put.before")
         self.queue.probed(probed)
         if (taken := self.queue.line.leases.get(lease.id)) is not None:
@@ -125,12 +156,12 @@ class QueueService(Cuts):
         faults.hit("queue.put.after")
         self._wake()
 
-    async def exchange(
+    def exchange(
         self, lease: Lease, block: Rollouts, probed: float | None, actor: int, slot: int
-    ) -> Lease | str:  # fmt: skip
+    ) -> Answer:  # fmt: skip
         """`put` of lease, block and probe, and then `lease` for this actor and slot: one call."""
-        await self.put(lease, block, probed)
-        return await self.lease(actor, slot, lease.id)
+        self.take(lease, block, probed)
+        return self.ask(actor, slot, lease.id)
 
     async def release(self, actor: int | None, blame: bool = True) -> tuple[int, list[int]]:
         """See `Line.release`."""
@@ -258,3 +289,10 @@ class QueueService(Cuts):
             "journal_broken": self.journal.broken if self.journal else "",
             "missing": self.queue.missing(self.queue.committed),
         }
+
+
+def _without_tracing(actor: object) -> None:
+    """Within an actor's process its methods call each other without Ray's wrapper for tracing,
+    which every method has, and a put goes through a dozen of."""
+    for name, method in inspect.getmembers(actor, inspect.ismethod):
+        setattr(actor, name, MethodType(inspect.unwrap(method.__func__), actor))

@@ -169,9 +169,9 @@ def test_an_exchange_that_comes_twice_puts_nothing_twice_and_gives_the_lease_in_
         await queue.publish(Version(0, 0), ["w0"])
         first = await queue.lease(0)
         call = first, answer(first, 2), None, 0, 0
-        second = await queue.exchange(*call)
+        second = queue.exchange(*call)
         counts = queue.queue.ledger.counts()
-        again = await queue.exchange(*call)  # repeated, after a restart, say
+        again = queue.exchange(*call)  # repeated, after a restart, say
         assert isinstance(second, Lease) and again.groups == second.groups != first.groups
         assert queue.queue.ledger.counts() == counts and counts["queued"] == 2
         assert service(tmp_path).queue.ledger.counts() == counts  # so says the journal

@@ -56,9 +56,24 @@ class Service:
     async def local(self) -> None:
         raise Local("only here")
 
-    def calls(self) -> dict[str, Any]:
-        names = "echo", "wait", "release", "fail", "local"
-        return {name: getattr(self, name) for name in names}
+    def calls(self, at_once: bool) -> dict[str, Any]:
+        """at_once: all but `wait` answer without an awaitable."""
+        found = {name: getattr(self, name) for name in ("echo", "release", "fail", "local")}
+        if at_once:
+            found = {name: without_a_wait(call) for name, call in found.items()}
+        return {"wait": self.wait, **found}
+
+
+def without_a_wait(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same as a plain function."""
+
+    def answer(*arguments: Any) -> Any:
+        try:
+            call(*arguments).send(None)
+        except StopIteration as ended:
+            return ended.value
+
+    return answer
 
 
 class Local(Exception):
@@ -69,10 +84,12 @@ class Local(Exception):
 class Process:
     """A service's loop in a thread, that ends as a process does: connections and all."""
 
-    def __init__(self, new_loop: Any = asyncio.new_event_loop) -> None:
+    def __init__(
+        self, new_loop: Any = asyncio.new_event_loop, at_once: bool = False
+    ) -> None:  # fmt: skip
         self.service, self.server = Service(), Server({})
         self.loop = new_loop()
-        self.server.calls = self.service.calls()
+        self.server.calls = self.service.calls(at_once)
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
 
@@ -118,10 +135,11 @@ def connections(monkeypatch):
     monkeypatch.setattr(server._Connection, "connection_made", connection_made)
 
 
-@pytest.fixture(params=["asyncio", "uvloop"])
+@pytest.fixture(params=["asyncio", "uvloop", "uvloop, at once"])
 def process(request) -> Iterator[Process]:
-    loops = pytest.importorskip(request.param)  # Ray's actors run on uvloop where it is
-    found = Process(loops.new_event_loop)
+    loop, *at_once = request.param.split(", ")
+    loops = pytest.importorskip(loop)  # Ray's actors run on uvloop where it is
+    found = Process(loops.new_event_loop, bool(at_once))
     yield found
     found.end()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import inspect
 import os
 import secrets
 import sys
@@ -16,11 +17,13 @@ from learner.replay.wire.frames import HEAD, NONCE, PROOF, Address
 HELLO_SECONDS = 10.0  # for a caller to show that it has the key
 MOST = 1.1  # times a frame's size that its buffer may have
 
-Calls = Mapping[str, Callable[..., Awaitable[Any]]]
+Frame = list[Any]  # buffers, to be sent together
+Calls = Mapping[str, Callable[..., Any]]  # what it returns is the answer, or an awaitable of it
 
 
 class Server:
-    """Answers calls by name, each frame as a task of its own, begun in the order of frames."""
+    """Answers calls by name: what needs no wait as its frame arrives, others each as a task of its
+    own, begun in the order of frames."""
 
     def __init__(self, calls: Calls) -> None:
         self.calls = calls
@@ -50,13 +53,31 @@ class Server:
             local = ""
         return Address(host, port, local, self.key)
 
-    async def answer(self, number: int, count: int, body: memoryview) -> list[Any]:
-        """The frame that answers a call: whether it succeeded, and the value or error."""
+    def answer(self, number: int, count: int, body: memoryview) -> Frame | Awaitable[Frame]:
+        """The frame that answers a call, or where it has to wait, what makes it."""
         try:
             name, arguments = frames.unpack(count, body)
-            return frames.pack(number, (True, await self.calls[name](*arguments)))
+            found = self.calls[name](*arguments)
+            if inspect.isawaitable(found):
+                return self._later(number, found)
+            return _good(number, found)
         except Exception as error:
-            return frames.pack(number, (False, frames.portable(error)))
+            return _bad(number, error)
+
+    async def _later(self, number: int, found: Awaitable[Any]) -> Frame:
+        try:
+            return _good(number, await found)
+        except Exception as error:
+            return _bad(number, error)
+
+
+def _good(number: int, value: Any) -> Frame:
+    """The answer to a call that succeeded."""
+    return frames.pack(number, (True, value))
+
+
+def _bad(number: int, error: Exception) -> Frame:
+    return frames.pack(number, (False, frames.portable(error)))
 
 
 class _Connection(asyncio.BufferedProtocol):
@@ -116,12 +137,19 @@ class _Connection(asyncio.BufferedProtocol):
         body, more = self.buffer[HEAD.size : self.wanted], self.buffer[self.wanted : self.filled]
         if len(self.buffer) > MOST * self.wanted:  # what is kept of it would keep all
             body = np.array(body).data
-        task = asyncio.ensure_future(self.answer(self.number, self.count, body))
+        number, count = self.number, self.count
+        self.expect(self.wanted, more)
+        found = self.server.answer(number, count, body)
+        if isinstance(found, list):
+            self.send(found)
+            return
+        task = asyncio.ensure_future(self.later(found))
         self.server.tasks.add(task)
         task.add_done_callback(self.server.tasks.discard)
-        self.expect(self.wanted, more)
 
-    async def answer(self, number: int, count: int, body: memoryview) -> None:
-        frame = await self.server.answer(number, count, body)
+    async def later(self, found: Awaitable[Frame]) -> None:
+        self.send(await found)
+
+    def send(self, frame: Frame) -> None:
         if not self.transport.is_closing():
             self.transport.writelines(frame)
