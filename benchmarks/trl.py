@@ -4,8 +4,9 @@ lengths and cores.
 64 responses of up to 64 tokens a step (RLOO 8 to a prompt, DPO 2), one pass, Adam, a reward on
 token ids; both look at π_ref. TRL 1.16 generates with transformers in one process, on both cores.
 Ours goes through actor, reward service, queue and learner, in kept processes: in lockstep, each
-with two threads, and pipelined, with one. All take turns, each timed from its second step on. In
-TRL's first step our objective's gradient is compared with TRL's, on TRL's own tensors.
+with two threads, and pipelined, with one and the learner's π_ref with one more. All take turns,
+each timed from its second step on. In TRL's first step our objective's gradient is compared with
+TRL's, on TRL's own tensors.
 """
 
 import json

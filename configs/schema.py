@@ -236,7 +236,7 @@ class ClusterConfig:
     gpu_gib: float = 80.0  # GiB of memory that a GPU has, for `train --dry-run`
     nodes: NodesConfig = field(default_factory=NodesConfig)  # of what has CPUs or GPUs reserved
     colocated: bool = False  # learner and actor share one GPU and take turns: vLLM sleeps meanwhile
-    threads: int = 1  # per process; small models are slower with two
+    threads: int = 1  # per process; small models are slower with two. π_ref may have one more
     metrics_seconds: float = 10.0  # between exports to Ray's metrics agent, at least 1; 0: none
     faults: str = ""  # faults on purpose, `configs.faults`; for tests of reliability
 

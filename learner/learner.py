@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from actors import policy, probe
 from actors.probe import Probe
@@ -29,13 +29,13 @@ from learner.kl_control import KlController
 from learner.micro_batches import micro_batches
 from learner.objectives import load
 from learner.objectives.terms import whole_loss
-from learner.packing import check_boundaries, logps_and_values, response_logps
+from learner.packing import logps_and_values
+from learner.reference import REFERENCE, Reference, frozen
 from learner.replay.records import Batch
 from learner.signals import Signals, signals
 from learner.stages.bandit import initial_policy
 from learner.value_head import WithValueHead, weightless
 
-REFERENCE = "reference_logp_K"
 PROXIMAL = "proximal_logp_K"
 
 
@@ -55,23 +55,14 @@ class Learner:
         network = WithValueHead(model, config.objective.value) if self.has_values else model
         self.engine = DeepSpeedEngine(network.train(), config.learner, config.learner.ranks)
         self.kl = KlController(config.objective)
-        # A rank's forward passes are collectives under ZeRO-3: there π_ref is a network of its own.
-        shares = config.learner.lora.rank and config.learner.zero_stage < 3
-        self.reference = lora.WithoutAdapter(self.engine.policy) if shares else self._frozen(path)
+        self.reference = Reference(config, self.engine.policy, self.engine.device)
         self.conditionals: Conditionals | None = None
         if affordable(config, int(model.config.vocab_size)):
-            scratch = self._frozen(path)
-            self.conditionals = Conditionals(config, scratch, self.reference)
-        if config.learner.packing:
-            check_boundaries(self.reference, int(model.config.vocab_size))
+            scratch = frozen(config, self.engine.device)
+            self.conditionals = Conditionals(config, scratch, self.reference.network)
         self.round = -1
         context = policy.context(config, model.config)
         self._probe_NT = probe.text(config.seed, int(model.config.vocab_size), context)
-
-    def _frozen(self, path: str) -> nn.Module:
-        """The initial network, not to be trained, on the engine's device."""
-        model = policy.load_pretrained(self.config.policy, path, self.config.learner.precision)
-        return nn.Module.to(model.eval().requires_grad_(False), self.engine.device)
 
     def weights(self, also: Callable[[str, Tensor], None] | None = None) -> np.ndarray:
         """The current weights, flat; collective under ZeRO-3. Kept for measuring KL, too.
@@ -101,13 +92,6 @@ class Learner:
         )  # fmt: skip
         network.train()
         return Probe(self._probe_NT, logp_NL)
-
-    @property
-    def initial(self) -> np.ndarray:
-        """π_ref's weights, flat."""
-        if isinstance(self.reference, lora.WithoutAdapter):
-            return policy.flatten(self.reference.base())
-        return policy.flatten(self.reference)
 
     def consume(self, batch: Batch) -> tuple[StepRecord, dict[str, np.ndarray]]:
         """One optimizer step on a batch, or none where it is not finite.
@@ -169,6 +153,8 @@ class Learner:
             whole.take(here - batch.first) if whole is not None and len(here) else None
             for here in places
         ]
+        if self.conditionals is None:
+            self.reference.begin(parts)
         if self.has_values and _is_fresh(batch):
             self._derive_advantages(parts, [notes.take(here).reward_N for here in places])
         for number, (part, here) in enumerate(zip(parts, places), start=1):
@@ -201,7 +187,6 @@ class Learner:
         self, part: Padded, notes: Signals, counts: tuple[int, int], last: bool,
         age_N: np.ndarray, reuse_N: np.ndarray,
     ) -> tuple[float, Cells, dict[str, Tensor]]:  # fmt: skip
-        reference_NL, reference_NLV = self._reference(part)
         generator_NLV = detached_NLV = None
         if self.conditionals is None:
             packing = self.config.learner.packing
@@ -213,6 +198,7 @@ class Learner:
             generator_NLV = self.conditionals.of_generator(part, self.version, detached_NLV)
         logp_NL.retain_grad()
         known = not bool(torch.isnan(part.logp_NL).any())
+        reference_NL, reference_NLV = self._reference(part)
         derived = {REFERENCE: reference_NL}
         if self.config.objective.proximal is Proximal.first_use:
             derived[PROXIMAL] = part.derived_NL.get(PROXIMAL, logp_NL.detach())
@@ -241,14 +227,12 @@ class Learner:
     @torch.no_grad()
     def _reference(self, part: Padded) -> tuple[Tensor, Tensor | None]:
         """log π_ref of the tokens taken [N, L], and its distributions where they are kept."""
-        reference_NLV = None
-        if self.conditionals is not None:
-            reference_NLV = self.conditionals.of_reference(part)
-        if REFERENCE in part.derived_NL:
-            return part.derived_NL[REFERENCE], reference_NLV
-        if reference_NLV is None:
-            return response_logps(self.reference, part, self.config.learner.packing), None
-        return token_logps(reference_NLV, part), reference_NLV
+        if self.conditionals is None:
+            return self.reference.logps(part), None
+        reference_NLV = self.conditionals.of_reference(part)
+        if REFERENCE not in part.derived_NL:
+            part.derived_NL[REFERENCE] = token_logps(reference_NLV, part)
+        return part.derived_NL[REFERENCE], reference_NLV
 
     def _samples(self, batch: Batch) -> list[dict[str, Any]]:
         if batch.block is None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.batch import Padded
+from learner.taken_logps import taken_logps
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,10 @@ def logps_and_values(
     laid = rows(batch, packing)
     with _head_sees(model, laid.row_K, laid.column_K):
         out = model(laid.input_RT, position_ids=laid.position_RT, use_cache=False)
-    logits_KV = out.logits[0].float()
+    logits_KV = out.logits.squeeze(0).float()
     if batch.temperature != 1.0:
         logits_KV = logits_KV / batch.temperature
-    token_K = batch.token_NL[batch.mask_NL]
-    logp_K = logits_KV.gather(-1, token_K[:, None])[:, 0] - logits_KV.logsumexp(-1)
+    logp_K = taken_logps(logits_KV, batch.token_NL[batch.mask_NL])
     values = out.get("value")
     value_K = None if values is None else values[laid.row_K, laid.column_K, 0]
     return _spread(logp_K, batch), None if value_K is None else _spread(value_K, batch)

@@ -63,7 +63,7 @@ class HostPublisher:
 
     def initial(self) -> Any:
         if self._initial is None and self.rank == 0:
-            self._initial = self.put(self.learner.initial)
+            self._initial = self.put(self.learner.reference.weights())
         return self._initial
 
     def join(self, actor: int, handle: Any) -> None:

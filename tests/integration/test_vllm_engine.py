@@ -135,7 +135,7 @@ def test_merged_weights_of_an_adapter_sample_as_the_adapter_beside_its_base_does
     ])  # fmt: skip
     local = Local(config)
     list(local.steps(10))
-    assert np.abs(local.learner.weights() - local.learner.initial).max() > 0.01
+    assert np.abs(local.learner.weights() - local.learner.reference.weights()).max() > 0.01
     engine.load(local.learner.weights(), Version(0, 10))
     block = engine.generate(requests(*ONE_TOKEN), "rollout")
     beside = local.learner.engine.policy.eval()

@@ -50,7 +50,7 @@ def test_it_is_the_mean_over_all_pairs_of_the_minibatch():
     part = pad(batch.block)
     with torch.no_grad():
         now_NL = token_logps(conditionals(local.learner.engine.policy, part), part)
-        reference_NL = token_logps(conditionals(local.learner.reference, part), part)
+        reference_NL = token_logps(conditionals(local.learner.reference.network, part), part)
     margin_GC = (now_NL - reference_NL).double().sum(-1).view(-1, 10).numpy()
     pairs = [
         (margin_C[i], margin_C[j])

@@ -137,14 +137,14 @@ def test_the_bandit_learns_with_an_adapter_and_its_base_stays():
     """To the most that there is without the output layer and the last norm: 0.286, where training
     all weights comes to 1."""
     local = Local(settings(*BANDIT, "learner.updates=48"))
-    initial, plain = local.learner.initial, local.learner.weights().copy()
+    initial, plain = local.learner.reference.weights(), local.learner.weights().copy()
     assert np.array_equal(initial, plain)  # B is 0
     rewards, mismatch = [], []
     for record in local.steps(48):
         rewards.append(record.index["reward_mean"])
         mismatch.append(cells.engine_mismatch(record.cells))
     assert np.mean(rewards[-8:]) > 0.2 > 3 * rewards[0]
-    assert np.array_equal(local.learner.initial, initial)
+    assert np.array_equal(local.learner.reference.weights(), initial)
     published = local.queue.weights[48][0]
     assert np.array_equal(published, local.learner.weights())
     known = [nats for nats in mismatch if nats is not None]
@@ -177,11 +177,11 @@ def test_the_reference_without_a_copy_of_the_weights_is_the_one_with_it():
 
 def test_a_value_head_trains_beside_an_adapter():
     local = Local(settings("bandit_ppo_value", *RANK, "learner.updates=20", "learner.lr=5e-3"))
-    initial = local.learner.initial.copy()
+    initial = local.learner.reference.weights().copy()
     assert all(record.stepped for record in local.steps(20))
     head = local.learner.engine.engine.module.value_head
     assert head.weight.abs().max() > 0
-    assert np.array_equal(local.learner.initial, initial)
+    assert np.array_equal(local.learner.reference.weights(), initial)
 
 
 # --- checkpoints, exports --------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_an_export_is_merged_and_opens_with_transformers(tmp_path):
     assert {f.suffix for f in (tmp_path / "hf").iterdir()} == {".json", ".safetensors"}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert np.array_equal(policy.flatten(model), local.learner.weights())
-    assert not np.array_equal(local.learner.initial, local.learner.weights())
+    assert not np.array_equal(local.learner.reference.weights(), local.learner.weights())
 
 
 # --- the adapter alone -----------------------------------------------------------------------
@@ -255,8 +255,10 @@ def test_actors_make_of_the_adapter_alone_what_they_get_merged(monkeypatch):
         assert adapter.number_a.nbytes < merged.nbytes / 2 and adapter.base == [alone.initial()]
         found = clients.received(adapter, 1.0)
         np.testing.assert_allclose(found, merged, atol=1e-6)
-        assert not np.array_equal(merged, local.learner.initial)
-    assert np.array_equal(clients.received(store[alone.initial()], 1.0), local.learner.initial)
+        assert not np.array_equal(merged, local.learner.reference.weights())
+    assert np.array_equal(
+        clients.received(store[alone.initial()], 1.0), local.learner.reference.weights()
+    )
     assert AdapterPublisher(config, local.learner, 1, put).publish(True) is None
 
 
