@@ -24,6 +24,9 @@ def environment(config: ClusterConfig) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         # Serve's routers and replicas, which count their requests ten times a second otherwise.
         "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
+        # Its controller, which asks Ray's GCS for all there is ten times a second otherwise: with
+        # what that costs there, 4% of a core.
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     }
 
 
@@ -41,6 +44,9 @@ def connected(config: ClusterConfig) -> Iterator[bool]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not config.dashboard:  # whose list of past tasks would fill 250 MB within an hour
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
+    # Ray's log monitor looks for new files ten times a second where they are few; none is shown.
+    os.environ.setdefault("RAY_LOG_MONITOR_MANY_FILES_THRESHOLD", "0")
+    os.environ.setdefault("LOG_NAME_UPDATE_INTERVAL_S", "10")
     if config.metrics_seconds:
         report = str(max(1000, round(1000 * config.metrics_seconds)))
         os.environ.setdefault("RAY_metrics_report_interval_ms", report)
