@@ -8,6 +8,8 @@ import numpy as np
 from actors.prompts import Prompt
 from actors.rollout import GroupId, Rollouts, Version
 
+NO_VERSION = Version(-1, -1)  # an engine's that has no weights, or not all of some
+
 
 class Request(NamedTuple):
     """One prompt to answer C times."""
@@ -19,7 +21,7 @@ class Request(NamedTuple):
 class RolloutEngine(Protocol):
     """Generates groups of responses; every token carries the version that made it."""
 
-    version: Version
+    version: Version  # of the weights loaded last, or NO_VERSION
 
     def load(self, weights: np.ndarray, version: Version) -> None:
         """Take these weights (flat float32, `actors.policy.flatten`) as this version."""

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 
 from actors import policy
 from actors.decoding import start, text_logits
-from actors.engine import Request
+from actors.engine import NO_VERSION, Request
 from actors.packing import does_not_fit, fail_group, pack
 from actors.randomness import stream_key, uniforms
 from actors.rollout import Rollouts, Version
 from configs.schema import Config
-
-NO_VERSION = Version(-1, -1)
 
 
 class TorchEngine:

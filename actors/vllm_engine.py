@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from actors import policy
-from actors.engine import Request
+from actors.engine import NO_VERSION, Request
 from actors.packing import does_not_fit, fail_group, pack
 from actors.randomness import request_seed
 from actors.rollout import GENERATION_FAILED, Rollouts, Version
 from actors.shared_memory import FILLED, STAGED, UNSTAGED
 from actors.vllm_process import DIED, EngineDied, VllmProcess
-from actors.vllm_push import NO_VERSION, Pushes, label
+from actors.vllm_push import Pushes, label
 from configs.schema import Config
 
 STAGED_POLL = 0.001  # seconds between looks at the mark of weights that are being staged

@@ -11,9 +11,8 @@ import asyncio
 import contextlib
 from typing import Any, Protocol
 
+from actors.engine import NO_VERSION
 from actors.rollout import Version
-
-NO_VERSION = Version(-1, -1)
 
 
 class PushedEngine(Protocol):

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from actors import policy
+from actors.engine import NO_VERSION
 from actors.rollout import VALID, Version
-from actors.vllm_push import NO_VERSION
 from configs.load import prepare
 from configs.schema_vllm import Transfer
 from learner import vllm_push

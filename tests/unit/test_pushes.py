@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from actors.actor import Lease, RolloutActor
-from actors.engine import Request
+from actors.engine import NO_VERSION, Request
 from actors.rollout import GroupId, Version
 from actors.turns import TurnTaking
-from actors.vllm_push import NO_VERSION, Pushes
+from actors.vllm_push import Pushes
 
 pytest.importorskip("vllm")
 
