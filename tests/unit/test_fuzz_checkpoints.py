@@ -20,7 +20,7 @@ from actors.rollout import REWARD_FAILED, GroupId, Version, concatenate
 from cluster.checkpoints import DRIVER, MANIFEST, BadCheckpoint, Checkpoints, driver_state, verify
 from learner.replay.journal import Journal, frames, read_base, read_head, write_base, write_frame
 from tests.fuzz import VALUES, assert_one_line, fuzz, json_text, mutated, mutated_tree, trial
-from tests.unit.test_queue import answer
+from tests.queues import answer
 
 BLOCK = answer(Lease(3, (GroupId(5, 0), GroupId(6, 1)), Version(0, 2)), 2, {1: REWARD_FAILED})
 TREE = {"a": np.arange(3), "b": [1, None, "x", np.float32([0.5, np.nan])], "c": block_tree(BLOCK)}

@@ -20,7 +20,7 @@ from learner.replay import recovery, snapshot
 from learner.replay.journal import Journal, write_frame
 from learner.replay.queue import ReplayQueue
 from tests.fuzz import VALUES, assert_one_line, fuzz, mutated, mutated_tree, trial
-from tests.unit.test_recovery import Play, cut, same, service, state
+from tests.recovery import Play, cut, same, service, state
 
 OPERATIONS = 25  # between the cuts
 

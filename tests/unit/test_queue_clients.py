@@ -11,8 +11,8 @@ from actors.low_rank import LowRank
 from actors.rollout import Version
 from learner.replay import clients
 from learner.replay.clients import ActorQueue, LearnerQueue
-from tests.unit.test_queue import answer
-from tests.unit.test_recovery import service
+from tests.queues import answer
+from tests.recovery import service
 
 
 class Reference:

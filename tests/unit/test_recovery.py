@@ -1,110 +1,16 @@
 """The queue outlives its process, and a learner that goes back in time takes its books with it."""
 
 import asyncio
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from actors.actor import Lease
-from actors.codec import DamagedError, decode, encode
-from actors.rollout import REWARD_FAILED, Version
-from learner.replay import snapshot
+from actors.rollout import Version
 from learner.replay.clients import WEIGHTS
-from learner.replay.cuts import STATE
-from learner.replay.journal import Journal, read_base
-from learner.replay.line import Rules
-from learner.replay.queue import ReplayQueue
 from learner.replay.records import Batch
-from learner.replay.service import QueueService
-from learner.replay.settings import Settings
-from tests.unit.test_queue import answer, small
-
-ACTORS = 3
-
-
-def service(folder: Path, **changes) -> QueueService:
-    plan = small(
-        **(
-            {"round_groups": 3, "passes": 2, "lockstep": False, "max_age": 20, "batches": 10_000}
-            | changes
-        )
-    )
-    return QueueService(Settings(plan, 1, Rules(2, 0.9, 1000), 60.0, str(folder / "journal")))
-
-
-class Play:
-    """Random actors and a learner on one service, one operation at a time."""
-
-    def __init__(self, queue: QueueService, seed: int) -> None:
-        self.queue, self.rng = queue, np.random.default_rng(seed)
-        self.leases: list[Lease] = []
-        self.lineage = 0
-
-    async def publish(self) -> None:
-        inner = self.queue.queue
-        await self.queue.publish(inner.version, [f"w{inner.version.step}"])
-
-    async def act(self) -> None:
-        service, inner, rng = self.queue, self.queue.queue, self.rng
-        action = rng.integers(4)
-        if action == 0:
-            actor = int(rng.integers(ACTORS))
-            lease = inner.lease(actor)
-            if lease:
-                service._note({"do": "lease", "actor": actor, "slot": 0, "done": None})
-                self.leases.append(lease)
-        elif action == 1 and self.leases:
-            lease = self.leases.pop(int(rng.integers(len(self.leases))))
-            failures = {0: REWARD_FAILED} if rng.random() < 0.2 else None
-            await service.put(lease, answer(lease, 2, failures))
-        elif action == 2 and rng.random() < 0.1:
-            await service.release(int(rng.integers(ACTORS)))
-        elif not inner.finished and self.can_get():
-            number = inner.committed
-            stepped = bool(rng.random() < 0.9)
-            derived = {"reference_logp_K": np.full(6 * inner.plan.groups_per_batch, number)}
-            await service.commit(self.lineage, number, 0, stepped, derived, ["w"], "")
-        assert inner.ledger.balanced
-
-    def can_get(self) -> bool:
-        """`QueueService.get` without the wait."""
-        inner = self.queue.queue
-        was_open, expired = inner.is_open(inner.committed), self.queue._expired()
-        batch = inner.get(self.lineage, inner.committed, 0)
-        if (batch and not was_open) or self.queue._expired() != expired:
-            self.queue._note({"do": "freeze", "number": inner.committed})
-        return batch is not None
-
-    async def many(self, count: int) -> None:
-        for _ in range(count):
-            await self.act()
-
-
-def state(queue: ReplayQueue) -> dict:
-    """What `take` takes, without times and without weights, of which a restart knows none."""
-    tree = decode(encode(snapshot.take(queue)))
-    tree["weights"] = None
-    for group in tree["held"]["groups"] if tree["held"] else ():
-        group.pop()
-    return tree
-
-
-def same(a: object, b: object) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, np.ndarray):
-        return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
-    return a == b
-
-
-async def cut(play: Play, folder: Path) -> None:
-    folder.mkdir()
-    await play.queue.cut(play.queue.queue.committed, str(folder))
-    await play.queue.written(play.queue.queue.committed, str(folder))
+from tests.queues import answer
+from tests.recovery import Play, cut, positions_alive, same, service, state
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -121,10 +27,6 @@ def test_a_queue_whose_process_died_comes_back_as_it_was(tmp_path, seed, ready):
         assert again.queue.ledger.balanced and again.queue.committed > 10
 
     asyncio.run(story())
-
-
-def positions_alive(queue: ReplayQueue) -> Counter[int]:
-    return Counter(group.position for group in [*queue.line.groups, *queue.held])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -286,105 +188,5 @@ def test_a_lease_whose_answer_was_lost_is_given_again_and_no_other(tmp_path):
         assert other_slot.groups != first.groups
         following = await queue.lease(0, 0, first.id)
         assert following.groups not in (first.groups, other_slot.groups)
-
-    asyncio.run(story())
-
-
-def test_a_prompt_whose_actors_keep_dying_is_found_and_quarantined():
-    queue = ReplayQueue(small(lease=4, round_groups=4, batch_groups=4), 1, Rules(1, 0.9, 1000, 3))
-    queue.publish(Version(0, 0), ["w0"])
-    deaths, quarantined = 0, []
-    while not quarantined:
-        lease = queue.lease(0)
-        if any(group.position == 2 for group in lease.groups):
-            deaths += 1
-            quarantined = queue.release(0)[1]
-        else:
-            queue.put(lease, answer(lease, 2))
-    assert (deaths, quarantined) == (3, [2])
-    assert queue.ledger.retired["quarantined"] == 2
-    for lease in iter(lambda: queue.lease(0), None):
-        queue.put(lease, answer(lease, 2))
-    assert [group.position for group in queue.line.groups] == [0, 1, 3, 4]
-    assert queue.ledger.balanced
-
-
-@pytest.mark.parametrize("damage", ["cut short", "bit flipped", "emptied"])
-@pytest.mark.parametrize("what", ["log", "base"])
-def test_a_damaged_journal_gives_what_was_before_the_damage(tmp_path, damage, what):
-    async def story() -> None:
-        play = Play(service(tmp_path), 3)
-        await play.publish()
-        await play.many(100)
-        await cut(play, tmp_path / "cut")
-        await play.many(200)
-        journal = Journal(tmp_path / "journal")
-        newest = journal.numbers()[-1]
-        path = journal.log(newest) if what == "log" else journal.base(newest)
-        data = bytearray(path.read_bytes())
-        middle = len(data) // 2
-        if damage == "bit flipped":
-            data[middle] ^= 4
-        path.unlink()  # the checkpoint has the base under another name
-        path.write_bytes(data[: {"cut short": middle, "emptied": 0}.get(damage, len(data))])
-        again = service(tmp_path).queue
-        assert again.ledger.balanced and again.ledger.issued > 0
-        live = play.queue.queue.committed
-        assert again.committed == live if what == "base" else again.committed <= live
-
-    asyncio.run(story())
-
-
-def test_what_a_full_disk_kept_from_the_journal_is_lost_with_a_count(tmp_path):
-    async def story() -> None:
-        play = Play(service(tmp_path), 5)
-        await play.publish()
-        await play.many(100)
-        await cut(play, tmp_path / "cut")
-        play.queue.journal.broken = "no space left on device"
-        before = play.queue.queue.line.next_position
-        await play.many(300)
-        lost = play.queue.queue.line.next_position - before
-        lineage, _ = await play.queue.roll_back(str(tmp_path / "cut"), False)
-        queue = play.queue.queue
-        assert lost > 0 and queue.ledger.retired["lost"] == 2 * lost and queue.ledger.balanced
-        assert set(positions_alive(queue).values()) == {1}
-        play.lineage = lineage
-        await play.publish()
-        await play.many(600)
-        assert play.queue.queue.committed > 40
-
-    asyncio.run(story())
-
-
-def test_a_checkpoints_state_that_is_damaged_is_named(tmp_path):
-    async def story() -> None:
-        play = Play(service(tmp_path), 1)
-        await play.publish()
-        await play.many(100)
-        await cut(play, tmp_path / "cut")
-        path = tmp_path / "cut" / STATE
-        data = bytearray(path.read_bytes())
-        data[-10] ^= 1
-        path.unlink()
-        path.write_bytes(data)
-        with pytest.raises(DamagedError, match=STATE):
-            read_base(path)
-
-    asyncio.run(story())
-
-
-def test_segments_that_no_recovery_reads_are_removed(tmp_path):
-    async def story() -> None:
-        play = Play(service(tmp_path), 2)
-        await play.publish()
-        batches = []
-        for number in range(4):
-            await play.many(120)
-            batches.append(play.queue.queue.committed)
-            await cut(play, tmp_path / f"cut{number}")
-        await play.queue.covered(batches[2])
-        assert len(Journal(tmp_path / "journal").numbers()) == 2
-        assert same(state(service(tmp_path).queue), state(play.queue.queue))
 
     asyncio.run(story())

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("configs", "actors", "reward_server", "learner", "cluster")
 # CUDA handles, from the learner's process to the engine's on one GPU, over Ray's own calls; the
 # tree of settings, which the same process has pickled a moment before; the queue's connections,
-# both sides of which have shown a key that only Ray's authenticated calls give away (U test_wire).
+# both sides of which have shown a key that only Ray's authenticated calls give away
+# (U test_wire_callers).
 PICKLES = {
     "actors/vllm_transfer.py", "learner/vllm_push.py", "configs/load.py",
     "learner/replay/wire/frames.py",

@@ -13,7 +13,7 @@ from cluster.scale import ASKED, DONE, actors, ask, obey
 from configs.load import to_yaml
 from learner.replay.service import QueueService
 from tests.harness import settings
-from tests.unit.test_recovery import service
+from tests.recovery import service
 
 
 class Fleet:
