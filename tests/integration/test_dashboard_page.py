@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_dashboard import NASTY, TOKEN, line, write
+from tests.run_folders import NASTY, TOKEN, line, write
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""

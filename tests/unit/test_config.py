@@ -1,7 +1,5 @@
 """Settings: presets load, mistakes are named in one line, and derived values resolve."""
 
-import copy
-import functools
 import pickle
 from pathlib import Path
 
@@ -13,8 +11,8 @@ from configs import load as loading
 from configs.choices import DataSource, EngineKind
 from configs.load import ConfigError, flat_keys, load, prepare, presets, resolve, to_yaml
 from configs.objectives import TABLE
-from configs.schema import Config
 from configs.validate import check
+from tests.config_cases import assert_one_line, bandit
 
 QUICK = settings(max_examples=20, deadline=None)
 
@@ -224,18 +222,3 @@ def test_yaml_reads_back_to_an_equal_config(tmp_path_factory, lr, name, source, 
     path = tmp_path_factory.getbasetemp() / "roundtrip.yaml"
     path.write_text(to_yaml(config))
     assert load(str(path), []) == config
-
-
-def assert_one_line(error: ConfigError) -> None:
-    assert len(str(error).splitlines()) == 1
-    assert error.problem and error.fix
-
-
-@functools.cache
-def _bandit() -> Config:
-    return load("bandit", [])
-
-
-def bandit() -> Config:
-    """A fresh copy of the preset, without reading it again."""
-    return copy.deepcopy(_bandit())
