@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ def test_a_killed_engine_process_costs_a_restart_and_no_rollout(tmp_path):
     run = subprocess.Popen(
         [sys.executable, "-m", "cluster", "train", "bandit_vllm", *overrides],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
     )  # fmt: skip
     try:
         metrics = tmp_path / "killed" / "metrics.jsonl"
