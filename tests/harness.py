@@ -6,6 +6,7 @@ Actors and learner take turns over the real queue; nothing is mocked but the ser
 import itertools
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -133,3 +134,10 @@ class _Once(LocalQueue):
 
     def lease(self, actor: int) -> Lease | None:
         return self._leases.pop() if self._leases else None
+
+
+def balanced(ledger: dict[str, Any]) -> bool:
+    """Whether all rollouts of a summary's ledger are accounted for."""
+    return ledger["issued"] == ledger["in_flight"] + ledger["queued"] + sum(
+        ledger["retired"].values()
+    )

@@ -23,7 +23,7 @@ from learner import vllm_push
 from learner.transfer import TransferGroup
 from learner.vllm_push import VllmTransport
 from tests import stand_in
-from tests.integration.test_vllm_engine import (
+from tests.vllm_samples import (
     ONE_TOKEN,
     TOLERANCE,
     recomputed,
