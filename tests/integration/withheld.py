@@ -30,7 +30,7 @@ class WithholdingWorker(RolloutWorker):
             else:
                 load(weights, version)
 
-        engine.load = forgets  # type: ignore[method-assign]
+        engine.load = forgets
 
 
 def spawn(
@@ -43,5 +43,5 @@ def spawn(
 
 
 if __name__ == "__main__":
-    Crew.spawn = spawn  # type: ignore[method-assign]
+    Crew.spawn = spawn
     sys.exit(main())

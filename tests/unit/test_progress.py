@@ -25,7 +25,7 @@ SUMMARY: dict[str, Any] = {
 
 
 class Terminal(io.StringIO):
-    encoding = "utf-8"  # type: ignore[assignment]
+    encoding = "utf-8"
 
     def isatty(self) -> bool:
         return True

@@ -177,7 +177,7 @@ def test_every_plot_is_drawn(tmp_path: Path) -> None:
 
 def test_ledger_that_does_not_balance_is_marked(tmp_path: Path) -> None:
     path = run_directory(tmp_path / "run")
-    ledger = SUMMARY["ledger"] | {"queued": 15}  # type: ignore[operator]
+    ledger = SUMMARY["ledger"] | {"queued": 15}
     (path / "summary.json").write_text(json.dumps(SUMMARY | {"ledger": ledger}))
     assert "✗" in page_of(path).text
 
@@ -287,7 +287,7 @@ def test_many_cells_are_binned_without_losing_any() -> None:
     assert len(counts.rows) <= 12 and len(counts.columns) <= 12
     assert sum(int(cell.text) for _, row in counts.rows for cell in row if cell) == 1600
     first, last = grids["kl_to_generator"].rows[0], grids["kl_to_generator"].rows[-1]
-    assert first[0] == "0–3" and first[1][0].text == "1.5" and last[1][0].heat == 1  # type: ignore
+    assert first[0] == "0–3" and first[1][0].text == "1.5" and last[1][0].heat == 1
 
 
 def test_absent_is_a_dash_and_never_zero() -> None:

@@ -120,7 +120,7 @@ def test_the_record_of_the_machine_has_no_environment_variable(monkeypatch):
 def test_a_refusal_is_one_line_in_the_log_without_token_or_body(request_, body, status):
     lines: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("ray.serve").addHandler(handler)
     try:
         assert ask(request_, [body])[0] == status

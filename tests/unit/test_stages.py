@@ -208,7 +208,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_three_in_a_row_end_it(zero_sta
     def losses(output_N: torch.Tensor) -> torch.Tensor:
         return real(output_N) * (float("nan") if trained.position in bad else 1.0)
 
-    trained.stage.losses = losses  # type: ignore[method-assign]
+    trained.stage.losses = losses
     before = trained.engine.weights().copy()
     records = trained.train(20)
     assert [r.stepped for r in records] == [True, True, False, True, True, False, False, False]

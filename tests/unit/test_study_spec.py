@@ -113,7 +113,7 @@ class Scored:
 def test_halving_runs_the_better_half_twice_as_long_and_finds_the_best_rate(tmp_path):
     found = study(tmp_path, SMALL + "search: {per: [T], updates: 160}\n")
     trials = Scored()
-    rates, rows = find_rates(found, trials)  # type: ignore[arg-type]
+    rates, rows = find_rates(found, trials)
     assert rates == {"T 1": 3e-3, "T 2": 3e-3}
     spent = {u: sum(t.updates == u for t in trials.asked) for u in (40, 80, 160)}
     assert spent == {40: 20, 80: 10, 160: 6}
@@ -135,7 +135,7 @@ def test_a_search_for_speed_takes_the_rate_whose_mean_is_the_highest(tmp_path):
         rows = [{"step": step, "reward_eval": value} for step, value in enumerate(curve)]
         return Outcome(trial, Path(), trial.rate or 0.0, rows)
 
-    rates, rows = find_rates(study(tmp_path, text), Written())  # type: ignore[arg-type]
+    rates, rows = find_rates(study(tmp_path, text), Written())
     assert rates == {"all": 0.1}
     assert [row["score"] for row in rows] == pytest.approx([0.6, 2.89 / 3])
 
@@ -143,7 +143,7 @@ def test_a_search_for_speed_takes_the_rate_whose_mean_is_the_highest(tmp_path):
 def test_a_combination_without_any_working_rate_is_named(tmp_path):
     found = study(tmp_path, SMALL + "search: {rates: [0.3]}\n")
     with pytest.raises(RuntimeError, match="no learning rate works for all"):
-        find_rates(found, Scored())  # type: ignore[arg-type]
+        find_rates(found, Scored())
 
 
 def test_a_trials_name_is_of_what_differs_from_the_schema_so_that_new_settings_keep_old_trials():
