@@ -24,7 +24,8 @@ from cluster.train import train
 from configs.load import prepare
 
 FOLDER = Path("runs/bench")
-SAMPLE_SECONDS = 1.0  # a look takes some 10 ms
+POLL_SECONDS = 0.25
+FROM, TO = 0.1, 0.8  # of a run's updates: between these its CPU time is taken
 
 
 def family() -> list[psutil.Process]:
@@ -57,13 +58,13 @@ def cpu_by_part() -> Counter[str]:
 
 
 class CpuMeter:
-    """CPU seconds per update by part, between the first and the last line of a run's metrics.
+    """CPU seconds per update by part, over the middle of a run.
 
-    A thread that looks now and then; what a run takes before and after its training is not in it.
+    A thread that looks twice: a look takes 10 ms of the very core that is measured.
     """
 
-    def __init__(self, metrics: Path) -> None:
-        self.metrics = metrics
+    def __init__(self, metrics: Path, updates: int) -> None:
+        self.metrics, self.updates = metrics, updates
         self.seen: list[tuple[int, Counter[str]]] = []
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
@@ -80,23 +81,28 @@ class CpuMeter:
         self._thread.join()
 
     def _look(self) -> None:
-        while not self._over.wait(SAMPLE_SECONDS):
-            lines = self.metrics.read_bytes().count(b"\n") if self.metrics.exists() else 0
-            if lines and lines > (self.seen[-1][0] if self.seen else 0):
-                self.seen.append((lines, cpu_by_part()))
+        for share in (FROM, TO):
+            while (done := self._done()) < share * self.updates:
+                if self._over.wait(POLL_SECONDS):
+                    return
+            self.seen.append((done, cpu_by_part()))
+
+    def _done(self) -> int:
+        return self.metrics.read_bytes().count(b"\n") if self.metrics.exists() else 0
 
     def per_update(self) -> dict[str, float]:
-        """Empty where the run was over before there was a second look."""
-        if len(self.seen) < 2:
+        """Empty where the run was over before there was a second look, or went on between them by
+        no update."""
+        if len(self.seen) < 2 or self.seen[0][0] == self.seen[1][0]:
             return {}
-        (first, before), (last, after) = self.seen[0], self.seen[-1]
+        (first, before), (last, after) = self.seen
         return {part: (after[part] - before[part]) / (last - first) for part in sorted(after)}
 
 
 def turn(preset: str, overrides: Sequence[str], crew: Crew, folder: str, name: str) -> Any:
     """A run's summary, with `cpu_per_update` in it. RuntimeError where it did not finish."""
     config = prepare(preset, [f"run.dir={folder}", f"run.name={name}", *overrides])
-    with CpuMeter(Path(folder) / name / "metrics.jsonl") as meter:
+    with CpuMeter(Path(folder) / name / "metrics.jsonl", config.learner.updates) as meter:
         summary = train(config, preset, crew)
     if summary["status"] != "finished":
         raise RuntimeError(f"the run ended as {summary['status']}: {summary['failure']}")
