@@ -80,7 +80,7 @@ class DeepSpeedEngine:
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
-            foreach=True,
+            fused=True,  # one pass over memory
         )
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self._settings(ranks), dist_init_required=False
@@ -88,6 +88,8 @@ class DeepSpeedEngine:
         if ranks == 1 and config.zero_stage == 0:
             self.engine.enable_backward_allreduce = False  # nobody to share gradients with
         self._parameters = list(self.engine.module.parameters())
+        if config.zero_stage == 0:
+            self.engine.zero_grad = self._zero_grad  # its own asks for every parameter's name
         self.policy = policy_of(self.engine.module)
         self._pieces = lora.pieces(self.policy)
         self._flat: np.ndarray | None = None
@@ -136,6 +138,10 @@ class DeepSpeedEngine:
     def _finite(self) -> bool:
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+
+    def _zero_grad(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def layout(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Name, type and whole shape of each parameter, in the order of `gathered`; local."""
