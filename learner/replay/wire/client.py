@@ -135,6 +135,7 @@ def _local(name: str) -> socket.socket | None:
     made = socket.socket(socket.AF_UNIX)
     try:
         made.settimeout(CONNECT_SECONDS)
+        frames.set_options(made)
         made.connect(name)
     except OSError:
         made.close()
@@ -146,7 +147,7 @@ def _remote(address: Address) -> socket.socket:
     plain = socket.create_connection((address.host, address.port), CONNECT_SECONDS)
     try:
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        frames.keep_alive(plain)
+        frames.set_options(plain)
         context = frames.tls(listens=False)
         return context.wrap_socket(plain) if context else plain
     except BaseException:

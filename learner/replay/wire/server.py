@@ -94,7 +94,7 @@ class _Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
-        frames.keep_alive(transport.get_extra_info("socket"))
+        frames.set_options(transport.get_extra_info("socket"))
         transport.write(self.nonce)
         loop = asyncio.get_running_loop()
         self.deadline = loop.call_later(HELLO_SECONDS, transport.abort)
