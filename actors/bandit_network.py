@@ -37,10 +37,7 @@ class BanditNetwork(nn.Module):
         return self.transformer.wte
 
     def forward(self, token_NT: Tensor, **_: Any) -> SimpleNamespace:
-        """`logits` after each token, [N, T, V], without a gradient, as transformers returns them.
-
-        Texts start at the first column; what stands after a text's end does not matter to it.
-        """
+        """`logits` after each token, [N, T, V], without a gradient, in transformers' form."""
         return SimpleNamespace(logits=text_logits(self, token_NT))
 
 

@@ -37,22 +37,30 @@ def start(model: Any, mask_NP: Tensor, tokens: int) -> Decoding:
     model: a causal language model of transformers, or an `actors.bandit_network`. mask_NP: 1 where
     the prompts are no padding.
     """
-    name = type(model).__name__
-    if name in GPT2 and not getattr(model.config, "add_cross_attention", False):
-        return Gpt2(model, mask_NP, tokens)
-    if name == "GPTNeoXForCausalLM" and _plain_rotary(model):
-        return GptNeoX(model, mask_NP, tokens)
-    return Transformers(model, mask_NP)
+    kind = _written_out(model)
+    return Transformers(model, mask_NP) if kind is None else kind(model, mask_NP, tokens)
 
 
 @torch.inference_mode()
 def text_logits(model: Any, token_NT: Tensor) -> Tensor:
-    """Logits after each token of whole texts, [N, T, V], by the network that decodes."""
-    decoding = start(model, torch.ones_like(token_NT), 0)
-    if isinstance(decoding, _Cached):
-        return decoding.whole(token_NT)
+    """Logits after each token of whole texts, [N, T, V], by the network that decodes.
+
+    Texts start at the first column; what stands after a text's end does not matter to it.
+    """
+    kind = _written_out(model)
+    if kind is not None:
+        return kind(model, torch.ones_like(token_NT), 0).whole(token_NT)
     logits_NTV: Tensor = model(token_NT, use_cache=False).logits
     return logits_NTV
+
+
+def _written_out(model: Any) -> "type[_Cached] | None":
+    name = type(model).__name__
+    if name in GPT2 and not getattr(model.config, "add_cross_attention", False):
+        return Gpt2
+    if name == "GPTNeoXForCausalLM" and _plain_rotary(model):
+        return GptNeoX
+    return None
 
 
 class Transformers:
@@ -92,13 +100,14 @@ class _Cached(ABC):
         size = (layers, rows, heads, 2, width + tokens, shape.hidden_size // heads)
         self.heads, self.seen = heads, 0
         self.output: Tensor = model.get_output_embeddings().weight
-        self.cache = self.output.new_empty(size)
+        # Of whole texts nothing is kept.
+        self.cache: Tensor | None = self.output.new_empty(size) if tokens else None
         self.mask_NT: Tensor | None = None
         if not bool(mask_NP.all()):
             self.mask_NT = functional.pad(mask_NP.bool(), (0, tokens), value=True)
 
     def keep(self, row_R: Tensor) -> None:
-        self.cache = self.cache[:, row_R]
+        self.cache = None if self.cache is None else self.cache[:, row_R]
         if self.mask_NT is not None:
             self.mask_NT = self.mask_NT[row_R]
 
@@ -137,13 +146,15 @@ class _Cached(ABC):
     def _attend(
         self, layer: int, q_NHPD: Tensor, both_NH2PD: Tensor, allowed: Tensor | None, scale: float
     ) -> Tensor:
-        """Attention over the cache and these tokens' keys and values, which join it, [N·P, E]."""
+        """Attention over the cache, if there is one, and these tokens' keys and values, which join
+        it, [N·P, E]."""
         rows, _, width, _ = q_NHPD.shape
-        until = self.seen + width
-        cache_NH2TD = self.cache[layer, :, :, :, :until]
-        cache_NH2TD[:, :, :, self.seen :] = both_NH2PD
+        if self.cache is not None:
+            cache_NH2TD = self.cache[layer, :, :, :, : self.seen + width]
+            cache_NH2TD[:, :, :, self.seen :] = both_NH2PD
+            both_NH2PD = cache_NH2TD
         out_NHPD = functional.scaled_dot_product_attention(
-            q_NHPD, cache_NH2TD[:, :, 0], cache_NH2TD[:, :, 1], attn_mask=allowed,
+            q_NHPD, both_NH2PD[:, :, 0], both_NH2PD[:, :, 1], attn_mask=allowed,
             is_causal=allowed is None and width > 1, scale=scale,
         )  # fmt: skip
         return out_NHPD.transpose(1, 2).reshape(rows * width, -1)

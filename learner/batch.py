@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actors.decoding import text_logits
 from actors.rollout import VALID, GroupId, Rollouts, Version
 
 RolloutKey = tuple[GroupId, int]  # group and member
@@ -136,9 +137,9 @@ def before_tokens(out_NTX: Tensor, batch: Padded) -> Tensor:
     return out_NTX[rows, batch.column_NL]
 
 
-def distributions(outputs: Any, batch: Padded) -> Tensor:
+def distributions(logits_NTV: Tensor, batch: Padded) -> Tensor:
     """log π(· | prefix) before each response token, under the sampler's temperature, [N, L, V]."""
-    logits_NLV = before_tokens(outputs.logits, batch)
+    logits_NLV = before_tokens(logits_NTV, batch)
     return (logits_NLV.float() / batch.temperature).log_softmax(-1)
 
 
@@ -151,8 +152,13 @@ def values(outputs: Any, batch: Padded) -> Tensor | None:
 
 
 def conditionals(model: nn.Module, batch: Padded) -> Tensor:
-    """`distributions` of a network's outputs."""
-    return distributions(forward(model, batch), batch)
+    """`distributions` of a network in training."""
+    return distributions(forward(model, batch).logits, batch)
+
+
+def frozen_conditionals(model: nn.Module, batch: Padded) -> Tensor:
+    """`conditionals` of a network that is not, without a gradient: as actors decode."""
+    return distributions(text_logits(model, batch.input_NT[:, :-1]), batch)
 
 
 def token_logps(conditionals_NLV: Tensor, batch: Padded) -> Tensor:

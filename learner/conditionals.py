@@ -15,7 +15,7 @@ from actors import policy
 from actors.rollout import Version
 from configs.choices import DataSource
 from configs.schema import Config
-from learner.batch import Padded, RolloutKey, conditionals
+from learner.batch import Padded, RolloutKey, frozen_conditionals
 
 LARGEST_BYTES = 256_000_000  # of distributions kept for one round, when `exact_kl` is not set
 
@@ -61,7 +61,9 @@ class Conditionals:
     @torch.no_grad()
     def of_reference(self, batch: Padded) -> Tensor:
         """log π_ref(· | prefix), [N, L, V]."""
-        return self._kept(self._reference, batch, lambda: conditionals(self.reference, batch))
+        return self._kept(
+            self._reference, batch, lambda: frozen_conditionals(self.reference, batch)
+        )
 
     @torch.no_grad()
     def of_generator(self, batch: Padded, current: Version, now_NLV: Tensor) -> Tensor | None:
@@ -93,7 +95,7 @@ class Conditionals:
         if self.loaded != version:
             policy.unflatten(self.scratch, self.weights[version])
             self.loaded = version
-        return conditionals(self.scratch, batch)
+        return frozen_conditionals(self.scratch, batch)
 
     def _kept(
         self, kept: dict[RolloutKey, Tensor], batch: Padded, compute: Callable[[], Tensor]

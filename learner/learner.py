@@ -193,7 +193,7 @@ class Learner:
             logp_NL, value_NL = logps_and_values(self.engine.engine, part, packing)
         else:
             outputs = forward(self.engine.engine, part)
-            now_NLV, value_NL = distributions(outputs, part), values(outputs, part)
+            now_NLV, value_NL = distributions(outputs.logits, part), values(outputs, part)
             logp_NL, detached_NLV = token_logps(now_NLV, part), now_NLV.detach()
             generator_NLV = self.conditionals.of_generator(part, self.version, detached_NLV)
         logp_NL.retain_grad()
