@@ -7,10 +7,10 @@ runs in an environment of its own, made at the first time. All take turns, each 
 own: a store, producers, one consumer. Then ours is filled further and further.
 
 Settings of its own: tokens=256,8192 producers=1,4,16 lease=1,10 (groups a put; all but the first
-with the first length and number of producers) in_flight=2 (puts that a producer has on the way;
-Reverb has at least 4) turns=5 seconds=1 (of a turn's inserts) samples=32768 (of a turn, fewer of
-longer rollouts) held=1000,10000,100000,1000000 (0 leaves it out) reverb=true; all others are those
-of a run.
+with the first length and number of producers) in_flight=4 (puts that a producer has on the way; of
+Reverb at least 4) turns=5 seconds=1 (of a turn's inserts) samples=32768 (of a turn, fewer of longer
+rollouts) held=1000,10000,100000,1000000 (0 leaves it out) reverb=true; all others are those of a
+run.
 """
 
 import time
@@ -40,7 +40,7 @@ class Settings(NamedTuple):
     tokens: tuple[int, ...] = (256, 8192)
     producers: tuple[int, ...] = (1, 4, 16)
     lease: tuple[int, ...] = (1, 10)
-    in_flight: int = 2
+    in_flight: int = 4
     turns: int = 5
     seconds: float = 1.0
     samples: int = 32_768
