@@ -59,7 +59,7 @@ class Conditionals:
     @torch.no_grad()
     def of_reference(self, batch: Padded) -> Tensor:
         """log π_ref(· | prefix), [N, L, V]."""
-        return self._kept(
+        return self._found(
             self._reference, batch, lambda: frozen_conditionals(self.reference, batch)
         )
 
@@ -72,7 +72,7 @@ class Conditionals:
         if self.offline:
             return None
         try:
-            return self._kept(
+            return self._found(
                 self._generator, batch, lambda: self._mixture(batch, current, now_NLV)
             )
         except KeyError:
@@ -95,7 +95,7 @@ class Conditionals:
             self.loaded = version
         return frozen_conditionals(self.scratch, batch)
 
-    def _kept(self, kept: "_Kept", batch: Padded, compute: Callable[[], Tensor]) -> Tensor:
+    def _found(self, kept: "_Kept", batch: Padded, compute: Callable[[], Tensor]) -> Tensor:
         """From what is kept by rollout, else computed, and kept if another pass will want it."""
         found = kept.find(batch.keys)
         if found is None:
