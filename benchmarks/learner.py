@@ -27,7 +27,7 @@ from learner.batch import Padded, conditionals, pad, token_logps
 from learner.engine import join, leave
 from learner.learner import Learner
 from learner.objectives import load
-from learner.packing import cost
+from learner.packing import cost, fed
 from learner.replay.records import Batch, Held, index
 from learner.signals import signals
 
@@ -122,7 +122,8 @@ def main(overrides: list[str]) -> None:
     """Print the rate of each, and ratios with their spread over the turns."""
     block = rollouts()
     total_N = block.length_N + np.repeat(np.diff(block.prompt_offset_G1), block.members)
-    tokens, padded, packed = int(total_N.sum()), cost(total_N, False), cost(total_N, True)
+    padded, packed = (cost(fed(total_N), packing) for packing in (False, True))
+    tokens = int(total_N.sum())
     print(f"{len(total_N)} rollouts, {tokens} tokens in rows of {total_N.max()}: padded "
           f"{tokens / padded:.0%} full, packed {tokens / packed:.0%} full")  # fmt: skip
     seconds = _measure(block, overrides)

@@ -12,7 +12,7 @@ import numpy as np
 
 from configs.objectives import TABLE
 from configs.schema import Config
-from learner.packing import cost
+from learner.packing import cost, fed
 from learner.replay.records import Index
 
 
@@ -27,8 +27,8 @@ def micro_batches(index: Index, config: Config, rank: int) -> list[np.ndarray]:
     slices = [range(first, min(first + each, len(index.length_M)))
               for first in range(0, ranks * each, each)]  # fmt: skip
     if config.learner.micro_tokens:
-        total_M = np.where(index.valid_M, index.prompt_M + index.length_M, 0)
-        cuts = [_by_tokens(np.array(s, dtype=np.int64), total_M, config) for s in slices]
+        fed_M = np.where(index.valid_M, fed(index.prompt_M + index.length_M), 0)
+        cuts = [_by_tokens(np.array(s, dtype=np.int64), fed_M, config) for s in slices]
     else:
         size = config.learner.micro_batch or each
         cuts = [[np.array(s[i : i + size]) for i in range(0, len(s), size)] for s in slices]
@@ -37,24 +37,24 @@ def micro_batches(index: Index, config: Config, rank: int) -> list[np.ndarray]:
     return cuts[rank] + [empty] * (most - len(cuts[rank]))
 
 
-def _by_tokens(slice_N: np.ndarray, total_M: np.ndarray, config: Config) -> list[np.ndarray]:
+def _by_tokens(slice_N: np.ndarray, fed_M: np.ndarray, config: Config) -> list[np.ndarray]:
     learner = config.learner
     pairwise = TABLE[config.objective.name].pairwise
     unit_UC = slice_N.reshape(-1, config.rollout.responses_per_prompt if pairwise else 1)
-    longest_U = total_M[unit_UC].max(1)
+    longest_U = fed_M[unit_UC].max(1)
     unit_UC = unit_UC[np.argsort(-longest_U, kind="stable")]
     most = max(1, (learner.micro_batch or len(slice_N)) // unit_UC.shape[1])
     parts = []
     while len(unit_UC):
-        count = _fitting(total_M[unit_UC[:most]], learner.micro_tokens, learner.packing)
+        count = _fitting(fed_M[unit_UC[:most]], learner.micro_tokens, learner.packing)
         parts.append(unit_UC[:count].ravel())
         unit_UC = unit_UC[count:]
     return parts
 
 
-def _fitting(total_UC: np.ndarray, limit: int, packing: bool) -> int:
+def _fitting(fed_UC: np.ndarray, limit: int, packing: bool) -> int:
     """How many of the first units cost no more than the limit, at least 1."""
-    count = max(1, int((total_UC.sum(1).cumsum() <= limit).sum()))
-    while count > 1 and cost(total_UC[:count].ravel(), packing) > limit:
+    count = max(1, int((fed_UC.sum(1).cumsum() <= limit).sum()))
+    while count > 1 and cost(fed_UC[:count].ravel(), packing) > limit:
         count -= 1
     return count

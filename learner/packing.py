@@ -2,10 +2,11 @@
 
 Two layouts of the same sequences (prompt, then response): *padded*, one to a row; and *packed*,
 several to a row, with position ids that restart at each, from which transformers confines attention
-to a sequence (`masking_utils.find_packed_sequence_indices`; sdpa and eager attention). Rows are as
-wide as the longest sequence, so packing never costs attention more than padding does. Sequences
-without a valid response token, failed members for one, are in neither. The output layer sees the
-positions that predict a response token and no others: [K, V] logits, not [N, T, V].
+to a sequence (`masking_utils.find_packed_sequence_indices`; sdpa and eager attention). A sequence's
+last token predicts nothing, and the network is not given it. Rows are as wide as the longest
+sequence, so packing never costs attention more than padding does. Sequences without a valid
+response token, failed members for one, are in neither. The output layer sees the positions that
+predict a response token and no others: [K, V] logits, not [N, T, V].
 Shapes: N rollouts, R rows of T tokens, L response columns, K response tokens, V vocabulary.
 """
 
@@ -47,13 +48,20 @@ def first_fit(length_N: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]
     return row_N, start_N
 
 
-def cost(total_N: np.ndarray, packing: bool) -> int:
-    """Tokens that a forward pass over sequences of these lengths takes, padding included."""
-    total_N = total_N[total_N > 0]
-    if not len(total_N):
+def fed(total_N: np.ndarray) -> np.ndarray:
+    """How many tokens of sequences of these lengths a network is given, of any shape: all but the
+    last, which predicts nothing."""
+    return np.maximum(total_N - 1, 0)
+
+
+def cost(fed_N: np.ndarray, packing: bool) -> int:
+    """Tokens that a forward pass takes, padding included. fed_N: see `fed`; 0 where a sequence is
+    left out."""
+    fed_N = fed_N[fed_N > 0]
+    if not len(fed_N):
         return 0
-    width = int(total_N.max())
-    return width * (int(first_fit(total_N, width)[0].max()) + 1 if packing else len(total_N))
+    width = int(fed_N.max())
+    return width * (int(first_fit(fed_N, width)[0].max()) + 1 if packing else len(fed_N))
 
 
 def rows(batch: Padded, packing: bool) -> Rows:
@@ -66,12 +74,13 @@ def rows(batch: Padded, packing: bool) -> Rows:
         return Rows(torch.zeros((1, 1), dtype=torch.long, device=device), None, nothing, nothing)
     prompt_S, total_S = (length_N[kept_S] for length_N in batch.lengths())
     assert prompt_S.min() > 0, "a response's first token is predicted by the prompt's last"
-    width = int(total_S.max())
+    fed_S = fed(total_S)
+    width = int(fed_S.max())
     row_S, start_S = np.arange(len(kept_S)), np.zeros(len(kept_S), dtype=np.int64)
     if packing:
-        row_S, start_S = first_fit(total_S, width)
-    sequence_J = np.repeat(np.arange(len(kept_S)), total_S)
-    place_J = np.arange(len(sequence_J)) - np.repeat(np.cumsum(total_S) - total_S, total_S)
+        row_S, start_S = first_fit(fed_S, width)
+    sequence_J = np.repeat(np.arange(len(kept_S)), fed_S)
+    place_J = np.arange(len(sequence_J)) - np.repeat(np.cumsum(fed_S) - fed_S, fed_S)
     input_RT, position_RT = np.zeros((2, int(row_S.max()) + 1, width), dtype=np.int64)
     to_J = row_S[sequence_J], start_S[sequence_J] + place_J
     input_RT[to_J] = batch.input_NT.cpu().numpy()[kept_S[sequence_J], place_J]

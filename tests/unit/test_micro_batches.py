@@ -8,7 +8,7 @@ from configs.schema import Config
 from learner.engine import join
 from learner.learner import Learner
 from learner.micro_batches import micro_batches
-from learner.packing import cost
+from learner.packing import cost, fed
 from tests.harness import free_port, settings
 from tests.varying import batch_of, rollouts, settings_for
 
@@ -19,7 +19,7 @@ COMMON = (
 
 
 def lengths(index) -> np.ndarray:
-    return np.where(index.valid_M, index.prompt_M + index.length_M, 0)
+    return np.where(index.valid_M, fed(index.prompt_M + index.length_M), 0)
 
 
 @pytest.mark.parametrize("packing", ["false", "true"])

@@ -10,7 +10,7 @@ from configs.objectives import TABLE
 from configs.schema import ObjectiveConfig
 from learner.batch import Padded, conditionals, pad, token_logps
 from learner.objectives import load
-from learner.packing import check_boundaries, cost, first_fit, response_logps, rows
+from learner.packing import check_boundaries, cost, fed, first_fit, response_logps, rows
 from learner.signals import signals
 from tests.harness import Local, settings
 from tests.stages import model_directory, write_rows
@@ -119,10 +119,11 @@ def test_first_fit_keeps_sequences_apart_and_within_rows_and_wastes_little():
 def test_cost_is_the_size_of_the_rows_that_are_laid_out():
     block = rollouts()
     batch = pad(block)
-    total_N = np.where(block.status_N == 0, batch.lengths()[1], 0)
+    fed_N = np.where(block.status_N == 0, fed(batch.lengths()[1]), 0)
+    assert rows(batch, packing=False).input_RT.shape == ((fed_N > 0).sum(), fed_N.max())
     for packing in (False, True):
-        assert cost(total_N, packing) == rows(batch, packing).input_RT.numel()
-    assert cost(total_N, True) < 0.7 * cost(total_N, False)
+        assert cost(fed_N, packing) == rows(batch, packing).input_RT.numel()
+    assert cost(fed_N, True) < 0.7 * cost(fed_N, False)
     assert cost(np.zeros(3, dtype=np.int64), True) == 0
 
 
