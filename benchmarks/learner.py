@@ -122,10 +122,10 @@ def main(overrides: list[str]) -> None:
     """Print the rate of each, and ratios with their spread over the turns."""
     block = rollouts()
     total_N = block.length_N + np.repeat(np.diff(block.prompt_offset_G1), block.members)
-    padded, packed = (cost(fed(total_N), packing) for packing in (False, True))
-    tokens = int(total_N.sum())
-    print(f"{len(total_N)} rollouts, {tokens} tokens in rows of {total_N.max()}: padded "
-          f"{tokens / padded:.0%} full, packed {tokens / packed:.0%} full")  # fmt: skip
+    fed_N, tokens = fed(total_N), int(total_N.sum())
+    padded, packed = (fed_N.sum() / cost(fed_N, packing) for packing in (False, True))
+    print(f"{len(total_N)} rollouts, {tokens} tokens, fed in rows of {fed_N.max()}: padded "
+          f"{padded:.0%} full, packed {packed:.0%} full")  # fmt: skip
     seconds = _measure(block, overrides)
     for name, taken in seconds.items():
         rates = sorted(tokens / x for x in taken)

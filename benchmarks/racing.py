@@ -25,7 +25,7 @@ from configs.load import prepare
 
 FOLDER = Path("runs/bench")
 POLL_SECONDS = 0.25
-FROM, TO = 0.1, 0.8  # of a run's updates: between these its CPU time is taken
+FROM, TO = 0.1, 0.7  # of a run's updates: between these its CPU time is taken
 
 
 def family() -> list[psutil.Process]:
