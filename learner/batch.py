@@ -37,7 +37,9 @@ class Padded:
         return self._cut(slice(start, stop), self.keys[start:stop])
 
     def take(self, place_N: np.ndarray) -> "Padded":
-        """The rollouts at these places, in this order, as copies; of the same width."""
+        """The rollouts at these places, in this order and of the same width: itself if all are."""
+        if is_all(place_N, len(self.keys)):
+            return self
         return self._cut(place_N, [self.keys[place] for place in place_N])
 
     def _cut(self, cut: Any, keys: list[RolloutKey]) -> "Padded":
@@ -68,6 +70,11 @@ class Padded:
         mask = self.mask_NL.cpu().numpy()
         pairs_P2, _ = distinct(self.lineage_NL[mask], self.step_NL[mask])
         return [Version(lineage, step) for lineage, step in pairs_P2.tolist()]
+
+
+def is_all(place_N: np.ndarray, count: int) -> bool:
+    """Whether these are the places of so many rollouts, one after the other."""
+    return len(place_N) == count and bool((place_N == np.arange(count)).all())
 
 
 def distinct(first_N: np.ndarray, second_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -41,8 +41,7 @@ class Conditionals:
         self.reference = reference
         self.weights: dict[Version, np.ndarray] = {}
         self.loaded: Version | None = None
-        self._generator: dict[RolloutKey, Tensor] = {}
-        self._reference: dict[RolloutKey, Tensor] = {}
+        self._generator, self._reference = _Kept(), _Kept()
 
     def remember(self, version: Version, weights: np.ndarray) -> None:
         """Keep a published version for as long as a rollout within the budget may carry it."""
@@ -55,13 +54,12 @@ class Conditionals:
 
     def start_round(self) -> None:
         """Forget the distributions of the round before."""
-        self._generator.clear()
-        self._reference.clear()
+        self._generator, self._reference = _Kept(), _Kept()
 
     @torch.no_grad()
     def of_reference(self, batch: Padded) -> Tensor:
         """log π_ref(· | prefix), [N, L, V]."""
-        return self._kept(
+        return self._found(
             self._reference, batch, lambda: frozen_conditionals(self.reference, batch)
         )
 
@@ -74,7 +72,7 @@ class Conditionals:
         if self.offline:
             return None
         try:
-            return self._kept(
+            return self._found(
                 self._generator, batch, lambda: self._mixture(batch, current, now_NLV)
             )
         except KeyError:
@@ -97,13 +95,31 @@ class Conditionals:
             self.loaded = version
         return frozen_conditionals(self.scratch, batch)
 
-    def _kept(
-        self, kept: dict[RolloutKey, Tensor], batch: Padded, compute: Callable[[], Tensor]
-    ) -> Tensor:
+    def _found(self, kept: "_Kept", batch: Padded, compute: Callable[[], Tensor]) -> Tensor:
         """From what is kept by rollout, else computed, and kept if another pass will want it."""
-        if all(key in kept for key in batch.keys):
-            return torch.stack([kept[key] for key in batch.keys])
-        computed = compute()
-        if self.passes > 1:
-            kept.update(zip(batch.keys, computed))
-        return computed
+        found = kept.find(batch.keys)
+        if found is None:
+            found = compute()
+            if self.passes > 1:
+                kept.keep(batch.keys, found)
+        return found
+
+
+class _Kept:
+    """Distributions of a round's rollouts, [L, V] each."""
+
+    def __init__(self) -> None:
+        self.of: dict[RolloutKey, Tensor] = {}
+        self.last: tuple[list[RolloutKey], Tensor] | None = None
+
+    def find(self, keys: list[RolloutKey]) -> Tensor | None:
+        """These rollouts', [N, L, V]; None where one is missing."""
+        if self.last is not None and self.last[0] == keys:  # the same minibatch again
+            return self.last[1]
+        if all(key in self.of for key in keys):
+            return torch.stack([self.of[key] for key in keys])
+        return None
+
+    def keep(self, keys: list[RolloutKey], found: Tensor) -> None:
+        self.of.update(zip(keys, found))
+        self.last = keys, found

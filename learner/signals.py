@@ -14,6 +14,7 @@ from torch import Tensor
 
 from actors.rollout import UNLABELLED
 from configs.schema import ObjectiveConfig
+from learner.batch import is_all
 from learner.objectives.base import LossInputs, pair_masks
 
 
@@ -46,6 +47,8 @@ class Signals:
 
     def take(self, place_N: np.ndarray) -> "Signals":
         """The rollouts at these places, in this order; groups stay whole where the loss has any."""
+        if is_all(place_N, len(self.valid_N)):
+            return self
         return Signals(self.members, **{k: v[place_N] for k, v in self._columns().items()})
 
     def loss_inputs(
